@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -105,9 +106,7 @@ class Family:
         """The whole in words."""
         if self.failure:
             return f"fails {self.failure}"
-        times = [
-            f"{ratio:.2f}x torch's dense FFN {name}" for name, ratio in self.over_dense.items()
-        ]
+        times = [f"{x:.2f}x torch's dense FFN {name}" for name, x in self.over_dense.items()]
         passed = f"passes {self.num_passed} checks"
         return ", ".join([passed, f"error at most {self.largest_error:.1e}", *times])
 
@@ -157,19 +156,13 @@ class Diagnosis(Report):
         return ("kernels", "passed", "largest error", *_TIMED, "")
 
     def table(self) -> list[tuple[object, ...]]:
-        return [
-            (
-                f.name,
-                f.num_passed,
-                f"{f.largest_error:.1e}",
-                *(
-                    f"{f.over_dense[n]:.2f}x torch's dense" if n in f.over_dense else "-"
-                    for n in _TIMED
-                ),
-                "failed" if f.failure else "runs" if f.name == self.runs else "right",
-            )
-            for f in self.families
-        ]
+        rows = []
+        for f in self.families:
+            times = {name: f"{ratio:.2f}x torch's dense" for name, ratio in f.over_dense.items()}
+            shown = [times.get(name, "-") for name in _TIMED]
+            outcome = "failed" if f.failure else "runs" if f.name == self.runs else "right"
+            rows.append((f.name, f.num_passed, f"{f.largest_error:.1e}", *shown, outcome))
+        return rows
 
     def notes(self) -> list[str]:
         failed = [f"{f.name} {f.outcome}" for f in self.families if f.failure]
@@ -241,7 +234,8 @@ def examine(
         with _refusing(target.device, () if is_torchs else own[:position]) as environment:
             if is_torchs:  # wherever it stands
                 environment[suites.VARIABLE] = f"family={family}"
-            found.append(_examine(family, (*command, device), asked, stall, environment))
+            said = checks.results((*command, device), asked, stall=stall, environment=environment)
+            found.append(_judge(family, said))
         progress(position + 1, len(own), f"{family}: {found[-1].outcome}")
     failed = {f.name: f"fail {f.failure}" for f in found if f.failure}
     sound = [f.name for f in found if not f.failure]
@@ -266,15 +260,9 @@ def _concerns(name: str, family: str) -> bool:
     return not name.startswith("kernels.grouped_mm")
 
 
-def _examine(
-    family: str,
-    command: Sequence[str],
-    names: Sequence[str],
-    stall: float,
-    environment: Mapping[str, str],
-) -> Family:
+def _judge(family: str, results: Iterator[dict[str, Any]]) -> Family:
     errors, ratios, failure = list[float](), dict[str, float](), ""
-    for said in checks.results(command, names, stall=stall, environment=environment):
+    for said in results:
         if said["outcome"] == "failed":
             failure = f"{said['name']}: {said['text']}"
             break
@@ -303,33 +291,26 @@ def _refusing(device: torch.device, families: Sequence[str]) -> Iterator[dict[st
         yield environment
 
 
-def _change(
-    device: torch.device,
-    *,
-    refused: Mapping[str, str] | None = None,
-    variants: Mapping[str, str] | None = None,
-) -> None:
-    """Writes what was found out; "" takes an entry back."""
+def _change(device: torch.device, **found: Mapping[str, str]) -> None:
+    """Writes what was found out, "refused" or "variants"; "" takes an entry back."""
     entries = choices.read()
     entry = entries.get(choices.key_of(device), {"refused": {}, "variants": {}})
-    for name, new in (("refused", refused), ("variants", variants)):
-        entry[name] = {key: text for key, text in {**entry[name], **(new or {})}.items() if text}
-    entry["variants"] = {
-        sizes: text
-        for sizes, text in entry["variants"].items()
-        if not any(f"family={family}" in text for family in entry["refused"])
-    }
-    entries[choices.key_of(device)] = entry
-    _write({key: e for key, e in entries.items() if e["refused"] or e["variants"]})
+    for name, new in found.items():
+        entry[name] = {key: text for key, text in {**entry[name], **new}.items() if text}
+    failed = [f"family={family}" for family in entry["refused"]]
+    known = entry["variants"].items()
+    kept = {sizes: text for sizes, text in known if not any(name in text for name in failed)}
+    _write({**entries, choices.key_of(device): {**entry, "variants": kept}})
 
 
 def _write(entries: Mapping[str, Any]) -> None:
-    file = choices.path()
-    if not entries:
+    """Writes the entries that say something; without any there is no file."""
+    file, told = choices.path(), {key: e for key, e in entries.items() if any(e.values())}
+    if not told:
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, (json.dumps(entries, indent=1) + "\n").encode())
+    replace_file(file, (json.dumps(told, indent=1) + "\n").encode())
 
 
 def reset(device: str = "cpu") -> list[str]:
@@ -369,44 +350,36 @@ class Tuning(Report):
         return ("experts, tokens", "direction", "fastest", "us", "over the choice")
 
     def table(self) -> list[tuple[object, ...]]:
-        return [
-            (w["case"], w["direction"], "failed: " + w["failure"], "-", "-")
-            if "failure" in w
-            else (
-                w["case"],
-                w["direction"],
-                w["variant"],
-                f"{w['microseconds']:.0f}",
-                f"{w['speedup']:.2f}x",
+        rows: list[tuple[object, ...]] = []
+        for w in self.winners:
+            found = (
+                ("failed: " + w["failure"], "-", "-")
+                if "failure" in w
+                else (w["variant"], f"{w['microseconds']:.0f}", f"{w['speedup']:.2f}x")
             )
-            for w in self.winners
-        ]
+            rows.append((w["case"], w["direction"], *found))
+        return rows
 
     def notes(self) -> list[str]:
         return [f"kept in {self.file}, for processes that start from now on"]
 
 
 def cases_of(model: str | os.PathLike[str], tokens: Sequence[int] = TOKENS) -> dict[str, Case]:
-    """The sizes of the sparse FFNs of a model directory, each once, by name.
-
-    Raises:
-        ValueError: the model has none.
-    """
+    """The sizes of the sparse FFNs of a model directory, each once, by name; ValueError without."""
     source = Checkpoint(model)
     hidden_size, found = source.llm_config["hidden_size"], {}
-    for layers in source.experts.values():
-        for ffn in layers.values():
-            for count in tokens:
-                size = f"{hidden_size}x{ffn.expert_width}"
-                name = f"{size}, {ffn.num_experts} to {source.top_k}, {count} tokens"
-                found[name] = Case(
-                    name=name,
-                    tokens=count,
-                    hidden_size=hidden_size,
-                    intermediate_size=ffn.num_experts * ffn.expert_width,
-                    num_experts=ffn.num_experts,
-                    top_k=source.top_k or 1,
-                )
+    listed = [ffn for layers in source.experts.values() for ffn in layers.values()]
+    for ffn, count in product(listed, tokens):
+        size = f"{hidden_size}x{ffn.expert_width}"
+        name = f"{size}, {ffn.num_experts} to {source.top_k}, {count} tokens"
+        found[name] = Case(
+            name=name,
+            tokens=count,
+            hidden_size=hidden_size,
+            intermediate_size=ffn.num_experts * ffn.expert_width,
+            num_experts=ffn.num_experts,
+            top_k=source.top_k or 1,
+        )
     if not found:
         raise ValueError(f"tune: {source.directory} must hold sparse FFNs, got a dense model")
     return found
@@ -446,18 +419,15 @@ def tune(
     kept: dict[str, str] = {}
     refused = tuple(choices.read().get(choices.key_of(target.device), {}).get("refused", ()))
     with _refusing(target.device, refused) as environment:
-        for said in checks.results(
-            (*command, device), list(jobs), stall=stall, environment=environment
-        ):
+        child, names = (*command, device), list(jobs)
+        for said in checks.results(child, names, stall=stall, environment=environment):
             case, direction = jobs[said["name"]]
-            winner = {"case": case.name, "direction": direction}
-            if said["outcome"] != "passed":
-                winners.append({**winner, "failure": said["text"]})
-            else:
-                numbers = {n: said[n] for n in ("variant", "microseconds", "speedup")}
-                winners.append({**winner, **numbers})
+            found = {"failure": said.get("text")}
+            if said["outcome"] == "passed":
+                found = {n: said[n] for n in ("variant", "microseconds", "speedup")}
                 is_better = said["speedup"] >= _LEAST_GAIN
-                kept[f"{said['sizes']}"] = said["variant"] if is_better else ""
+                kept[said["sizes"]] = said["variant"] if is_better else ""
+            winners.append({"case": case.name, "direction": direction, **found})
             progress(len(winners), len(jobs))
     _change(target.device, variants=kept)
     return Tuning(
@@ -492,13 +462,10 @@ def _measured(suite: Any, device: torch.device, repeats: int) -> Run:
 
 def _beside_dense(direction: str, device: torch.device) -> dict[str, Any]:
     case, dtype = CASES[_TIMED_CASES[device.type]], _DTYPES[device.type]
-    both = {
-        "dense": PEERS["dense"],
-        suites.OURS: Peer(name=suites.OURS, build=partial(Ours, strict=False)),
-    }
-    run = _measured(
-        suites.block_suite(case, dtype, direction, device, peers=both), device, repeats=9
-    )
+    ours = Peer(name=suites.OURS, build=partial(Ours, strict=False))
+    both = {"dense": PEERS["dense"], suites.OURS: ours}
+    suite = suites.block_suite(case, dtype, direction, device, peers=both)
+    run = _measured(suite, device, repeats=9)
     if run.missing:
         raise RuntimeError("; ".join(f"{m['provider']}: {m['reason']}" for m in run.missing))
     return {"over_dense": run.records[-1]["speedup"]["dense"]}
@@ -511,10 +478,12 @@ def _fastest(case: Mapping[str, Any], direction: str, device: torch.device) -> d
     run = _measured(suite, device, repeats=15)
     suites.set_variant(suites.CHOSEN)
     best = min(run.records, key=lambda record: record["median_us"])
-    facts = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    place = (0, 0)
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        place = (10 * facts.major + facts.minor, facts.multi_processor_count)
     scope = [
-        10 * facts.major + facts.minor if facts else 0,
-        facts.multi_processor_count if facts else 0,
+        *place,
         *(sizes.hidden_size, sizes.num_experts, sizes.expert_width, 0, sizes.rows),
         2 if direction == "fwd_bwd" else 1,
     ]

@@ -242,45 +242,39 @@ def cost_of(model: nn.Module, x: Tensor) -> Any:
     return measure_cost(model, lambda: lambda: model(x), repeats=1)
 
 
+class Pruned(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return sparse_unified.ops.pruned_ffn(x, torch.tensor([0, 4]).int(), *weights, 16)
+
+
+class Attend(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True)
+
+
 @pytest.mark.usefixtures("torch_products")
-def test_flops_and_bytes_of_an_ffn_are_its_formula() -> None:
-    dense = SwiGLU(32, 96)
-    assert cost_of(dense, torch.randn(10, 32)).flops == 6 * 10 * 32 * 96  # in our own kernel
-    found = cost_of(dense, torch.randn(7, 32))
-    assert found.flops == 6 * 7 * 32 * 96
-    assert found.parameters == 3 * 32 * 96
+@pytest.mark.parametrize(
+    ("make", "shape", "flops"),
+    [
+        (lambda: SwiGLU(32, 96), (10, 32), 6 * 10 * 32 * 96),  # in our own kernel
+        (lambda: SwiGLU(32, 96), (7, 32), 6 * 7 * 32 * 96),
+        # Idle experts are not counted, nor are pruned blocks.
+        (lambda: SparseMoE(32, 96, 4, 2), (37, 32), 6 * 37 * 2 * 24 * 32 + 2 * 37 * 4 * 32),
+        (lambda: Pruned(32, 96), (10, 32), 6 * 10 * 2 * 16 * 32),
+        (Attend, (1, 4, 7, 16), 4 * 4 * 7 * 7 * 16),
+    ],
+)
+def test_flops_and_bytes_are_their_formula(make: Any, shape: Any, flops: int) -> None:
+    model = make()
+    found = cost_of(model, torch.randn(shape))
+    assert found.flops == flops
+    assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weight_bytes == 4 * found.parameters
     assert found.seconds > 0
-    # silu, up and their product, each [7, 96], are alive together; the gate's before it.
-    assert found.peak_bytes == found.weight_bytes + 4 * 3 * 7 * 96
-
-
-def test_idle_experts_are_not_counted() -> None:
-    tokens = 37
-    block = SparseMoE(32, 96, num_experts=4, top_k=2, return_router_logits=False)
-    nn.init.normal_(block.gate_proj)
-    found = cost_of(block, torch.randn(tokens, 32))
-    assert found.flops == 6 * tokens * 2 * 24 * 32 + 2 * tokens * 4 * 32
-
-
-def test_pruned_blocks_are_not_counted() -> None:
-    class Pruned(SwiGLU):
-        def forward(self, x: Tensor) -> Tensor:
-            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-            kept = torch.tensor([0, 4], dtype=torch.int32)
-            return sparse_unified.ops.pruned_ffn(x, kept, *weights, 16)
-
-    assert cost_of(Pruned(32, 96), torch.randn(10, 32)).flops == 6 * 10 * 2 * 16 * 32
-
-
-def test_attention_is_counted() -> None:
-    class Attend(nn.Module):
-        def forward(self, q: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True)
-
-    found = cost_of(Attend(), torch.randn(1, 4, 7, 16))
-    assert found.flops == 4 * 4 * 7 * 7 * 16
-    assert found.parameters == 0
+    if shape == (7, 32):
+        # silu, up and their product, each [7, 96], are alive together; the gate's before it.
+        assert found.peak_bytes == found.weight_bytes + 4 * 3 * 7 * 96
 
 
 def test_bagel_forward_is_the_sum_of_its_parts() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from refusals import refused
 
-from sparse_unified.analysis import Sample, Settings, evaluator, write_geneval
+from sparse_unified.analysis import Sample, Settings, evaluator
 from sparse_unified.analysis.bagel_task import (
     DenseDistance,
     GenEval,
@@ -146,7 +146,7 @@ def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Pat
     # What an interrupted run has completed is kept.
     kept = (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns
     (out / "00001" / "metadata.jsonl").unlink()
-    write_geneval(pipeline, METADATA, out, num_images=2, seed=4, settings=SETTINGS)
+    GenEval(**given).write(pipeline, out, SETTINGS)
     assert (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns == kept
     assert (out / "00001" / "metadata.jsonl").exists()
     plain = GenEvalImages(GenEval(**given), tmp_path, SETTINGS)

@@ -30,7 +30,7 @@ from sparse_unified.analysis import (
     collect,
     score,
 )
-from sparse_unified.analysis.statistics import hash_model, unpack_bits
+from sparse_unified.analysis.statistics import FfnSums, hash_model, unpack_bits
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.sampler import timestep_grid
 from sparse_unified.checkpoint.safetensors_io import read_header
@@ -184,13 +184,35 @@ def test_experts_count_the_tokens_that_are_routed_to_them(shared: int) -> None:
         assert torch.equal(sums.num_fired[0], (h.abs() > 0.05).double().sum(0))
 
 
+def sums_of(own: FfnSums, sets: list[Any], tokens: list[Any]) -> FfnSums:
+    """With active sets [S][R][I] of samples with some tokens [S][R]."""
+    active = torch.from_numpy(np.packbits(np.array(sets, bool), axis=-1, bitorder="little"))
+    size = len(sets[0][0])
+    return dataclasses.replace(
+        own,
+        active=active,
+        sample_tokens=torch.tensor(tokens),
+        tokens=torch.tensor(tokens).sum(0),
+        sum_abs=torch.zeros(len(tokens[0]), size),
+    )
+
+
+def test_neurons_that_no_sample_or_every_sample_uses_are_counted(statistics: Any) -> None:
+    own = statistics.of("text", "und")[0]
+    sets = [[[0, 0, 0, 1], [1, 1, 0, 1]], [[0, 1, 0, 1], [1, 1, 0, 1]]]
+    never, always = sums_of(own, sets, [[1, 1], [1, 1]]).never_and_always()
+    assert (never.tolist(), always.tolist()) == ([0.5, 0.25, 0.25], [0.25, 0.75, 0.25])
+    never, always = sums_of(own, sets, [[1, 1], [0, 1]]).never_and_always()
+    assert never[0].isnan()  # of a single sample
+    assert (never[1:].tolist(), always[1:].tolist()) == ([0.25, 0.25], [0.75, 0.25])
+
+
 def test_overlaps_are_mean_jaccard_indices(statistics: FfnStatistics) -> None:
     own = statistics.of("text", "und")[0]
 
     def overlaps(sets: list[Any], tokens: list[Any]) -> Any:
         """Of [S][R][I] and [S][R], the overlaps of samples and of steps."""
-        active = torch.from_numpy(np.packbits(np.array(sets, bool), axis=-1, bitorder="little"))
-        sums = dataclasses.replace(own, active=active, sample_tokens=torch.tensor(tokens))
+        sums = sums_of(own, sets, tokens)
         return sums.sample_overlap(), sums.step_overlap()
 
     sets = [[[1, 1, 0, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 0]]]
@@ -382,16 +404,3 @@ def test_any_model_is_calibrated_by_how_it_is_run() -> None:
     statistics = calibrate(model, "captions", batches, run=model)
     assert statistics.samples == {"captions": ("0", "1")}
     assert int(statistics.of("captions", "und")[0].tokens.sum()) == 5
-
-
-def test_neurons_that_no_sample_or_every_sample_uses_are_counted() -> None:
-    model = models.Bailing()
-    statistics = gather(model, {"a": torch.arange(3, 9)[None], "b": torch.arange(9, 15)[None]})
-    sums = statistics.of("text", "und")[0]
-    sets = unpack_bits(sums.active[:, 0])[:, : models.WIDTH]
-    never, always = sums.never_and_always()
-    assert float(never[0]) == float((~sets[0] & ~sets[1]).double().mean()) > 0
-    assert float(always[0]) == float((sets[0] & sets[1]).double().mean())
-    assert (never[-1], always[-1]) == (never[0], always[0])  # all of the only range with tokens
-    alone = gather(model, {"a": torch.arange(3, 9)[None]}).of("text", "und")[0]
-    assert alone.never_and_always()[0].isnan().all()

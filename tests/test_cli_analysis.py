@@ -158,34 +158,14 @@ def test_editing_needs_no_files(model: Path, tmp_path: Path, capsys: Any) -> Non
     assert analyze(model, tmp_path / "out", *arguments) == 0  # drawn anew, and the same run
 
 
-def test_a_folder_has_the_geneval_images_of_one_protocol(
+def test_prompts_and_evaluators_of_ones_own_and_geneval_images_of_one_protocol(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a cup", "a boat"):
         metadata = {"tag": "single", "include": [{"class": name}], "prompt": name}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(metadata))
-    out = tmp_path / "out"
-    arguments = ["--task", "generation", "--samples", "1", "--component", "gen", "--axis", "width"]
-    arguments += ["--ratios", "1", "--criterion", "magnitude", "--no-plots", "--geneval"]
-    first = [*arguments, f"{tmp_path}/a cup.jsonl", "--geneval-images", "1"]
-    for _ in range(2):
-        assert analyze(model, out, *first) == 0
-        assert len(list(out.glob("geneval/*/00000/samples/*.png"))) == 2  # of the dense one, too
-    for other in (
-        [*arguments, f"{tmp_path}/a boat.jsonl", "--geneval-images", "1"],
-        [*arguments, f"{tmp_path}/a cup.jsonl", "--geneval-images", "2"],
-        arguments[:-1],
-    ):
-        assert analyze(model, out, *other) == 1
-        assert "must be of the same run, or another folder, got geneval" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_prompts_of_a_task_evaluators_of_ones_own_and_geneval(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(
+    (tmp_path / "p.txt").write_text("a bench\n")
+    (tmp_path / "mine.py").write_text(
         "def parameters(pipeline):\n"
         "    return {'parameters': sum(p.numel() for p in pipeline.model.parameters())}\n"
         "parameters.better = {'parameters': 'lower'}\n"
@@ -193,30 +173,32 @@ def test_prompts_of_a_task_evaluators_of_ones_own_and_geneval(
         "    return {'score': len(list(folder.glob('*/samples/*.png')))}\n"
         "score.better = {'score': 'higher'}\n"
     )
-    metadata = {"tag": "single", "include": [{"class": "cup"}], "prompt": "a cup"}
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(metadata))
-    (tmp_path / "p.txt").write_text("a bench\n")
     out = tmp_path / "out"
-    status = analyze(
-        model,
-        out,
+    arguments = [
         *("--task", "generation", "--component", "gen", "--axis", "width", "--ratios", ".5"),
         *("--criterion", "magnitude", "--prompts", f"generation={tmp_path}/p.txt"),
-        *("--no-plots", "--json"),
-        *("--evaluator", f"{file}:parameters", "--geneval", f"{tmp_path}/metadata.jsonl"),
-        *("--geneval-images", "2", "--geneval-scorer", f"{file}:score"),
-    )
-    assert status == 0
-    result = json.loads(capsys.readouterr().out)
+        *("--evaluator", f"{tmp_path}/mine.py:parameters", "--no-plots", "--json"),
+    ]
+    scored = ["--geneval-scorer", f"{tmp_path}/mine.py:score", "--geneval-images"]
+    for _ in range(2):
+        assert (
+            analyze(model, out, *arguments, "--geneval", f"{tmp_path}/a cup.jsonl", *scored, "2")
+            == 0
+        )
+        result = json.loads(capsys.readouterr().out)
     assert len(result["run"]["tasks"]["generation"]["samples"]) == 1
     task = result["tasks"]["generation"]
     (point,) = task["points"]
     assert point["metrics"]["parameters"] == point["after"]["parameters"]
     assert task["dense"]["parameters"] == point["before"]["parameters"]
     assert task["dense"]["score"] == point["metrics"]["score"] == 2
-    for name in ("generation-dense", "generation-gen-width-0.5"):
-        assert (out / "geneval" / name / "00000" / "samples" / "00001.png").exists()
+    names = {path.parent.parent.parent.name for path in out.glob("geneval/*/00000/samples/*1.png")}
+    assert names == {"generation-dense", "generation-gen-width-0.5"}
     assert not (out / "plots").exists()
+    for name, count in (("a boat", "2"), ("a cup", "1"), ("", "")):
+        other = ["--geneval", f"{tmp_path}/{name}.jsonl", *scored, count] if name else []
+        assert analyze(model, out, *arguments, *other) == 1
+        assert "must be of the same run, or another folder, got " in capsys.readouterr().err
 
 
 # Refusals

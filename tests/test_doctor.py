@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ CHILD = (sys.executable, str(Path(__file__).parent / "doctor_child.py"))
 # On one group of 70 rows, which the kernels for Hopper take.
 HOPPER = "kernels.pruned_ffn_of_any_list[(9, 64)-70-float16-all]"
 BLOCK = "kernels.block_is_that_of_the_cpu[bfloat16-0-False-61]"
+FAULTS = ("", "AssertionError", "the process ended with status -6", "did not end within 20 s")
 QUICK = "kernels.gradient_of_permute[float32-41]"
 
 
@@ -43,57 +45,29 @@ def in_a_new_process(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
-    [
-        (0, ""),
-        (1, f"{HOPPER}: AssertionError"),
-        (2, f"{HOPPER}: the process ended with status -6"),
-        (3, f"{HOPPER}: did not end within 20 s"),
-    ],
-    ids=["sound", "wrong", "trap", "hang"],
+    ("kernel", "fault"),
+    [*product(("sm90a", "grouped_mm:10"), range(4)), ("grouped_mm:9", 1)],
 )
 def test_a_family_that_fails_is_left_out_and_the_next_one_runs(
-    fault: int, told: str, file: Path
+    kernel: str, fault: int, file: Path
 ) -> None:
-    """The fault is in every kernel for Hopper; the next family passes, so it runs none of them."""
-    command = (*CHILD, str(fault), "sm90a")
-    families = ("sm90a", "sm80")
-    report = doctor.examine("cpu", stall=20, families=families, command=command, names=[HOPPER])
+    """The fault is in every kernel for Hopper, or in torch's products; the next family passes."""
+    name, told = (HOPPER if kernel == "sm90a" else BLOCK), FAULTS[fault]
+    families = (kernel.partition(":")[0], "sm80")
+    command = (*CHILD, str(fault), kernel)
+    report = doctor.examine("cpu", stall=20, families=families, command=command, names=[name])
     first, second = report.families
-    assert first.failure.startswith(told)
-    assert second.failure == ""
-    assert second.num_passed == 1
+    assert first.failure.startswith(f"{name}: {told}" if fault else "")
+    assert report.ok == (first.failure == "") == (fault == 0)
+    assert (second.failure, second.num_passed) == ("", 1)
     assert 0 < second.largest_error < 0.01
     assert report.runs == families[fault > 0]
-    assert report.ok == (fault == 0)
     assert told in report.sentence
     assert file.exists() == (fault > 0)
     if fault:
         [entry] = json.loads(file.read_text()).values()
-        assert entry["refused"].keys() == {"sm90a"}
-        assert "sm90a fails" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("fault", "capability"),
-    [(0, 10), (1, 10), (2, 10), (3, 10), (1, 9)],
-    ids=["sound", "wrong", "trap", "hang", "wrong on Hopper"],
-)
-def test_products_of_torch_that_fail_are_left_out_and_ours_run(
-    fault: int, capability: int, file: Path
-) -> None:
-    families = ("grouped_mm", "sm80")
-    command = (*CHILD, str(fault), f"grouped_mm:{capability}")
-    report = doctor.examine("cpu", stall=20, families=families, command=command, names=[BLOCK])
-    first, second = report.families
-    told = ("", "AssertionError", "the process ended with status -6", "did not end within 20 s")
-    assert first.failure.startswith(f"{BLOCK}: {told[fault]}" if fault else "")
-    assert bool(first.failure) == (fault > 0)
-    assert (second.failure, second.num_passed) == ("", 1)
-    assert report.runs == families[fault > 0]
-    if fault:
-        [entry] = json.loads(file.read_text()).values()
-        assert entry["refused"].keys() == {"grouped_mm"}
+        assert entry["refused"].keys() == {families[0]}
+        assert f"{families[0]} fails" in str(report)
 
 
 @pytest.mark.parametrize(

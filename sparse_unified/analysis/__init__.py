@@ -9,7 +9,7 @@ Reading order: `statistics` and `calibration` (what neurons do), `criteria` (wha
 models, point by point), `evaluate` (several models side by side), `expert_usage`, `plots`.
 """
 
-from sparse_unified.analysis.bagel_task import Settings, bagel_probe, write_geneval
+from sparse_unified.analysis.bagel_task import Settings, bagel_probe
 from sparse_unified.analysis.calibration import calibrate, collect
 from sparse_unified.analysis.criteria import CRITERIA, measure_similarity, save_scores, score
 from sparse_unified.analysis.evaluate import evaluate
@@ -42,6 +42,5 @@ __all__ = [
     "run_sweep",
     "save_scores",
     "score",
-    "write_geneval",
     "write_plots",
 ]

@@ -93,8 +93,8 @@ class Settings:
 
     def sampling(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""
-        sizes = {"size": self.size, "num_timesteps": self.num_timesteps, **self.guidance()}
-        return {**sizes, "batch_size": self.batch_size, "progress": False}
+        own = {"size": self.size, "num_timesteps": self.num_timesteps}
+        return {**own, **self.guidance(), "batch_size": self.batch_size, "progress": False}
 
     def stated(self) -> dict[str, Any]:
         """Returns plain values, those of guidance only where they are not the official ones."""
@@ -121,8 +121,7 @@ def run_task(
 ) -> None:
     """Runs a model on samples, one after the other; arguments as in `calibrate`.
 
-    Args:
-        begin: called before each sample with its fingerprint, or its number if it has none.
+    `begin` is called before each sample with its fingerprint, or its number if it has none.
     """
     if not samples:
         raise ValueError("samples must be at least one, got none")
@@ -131,10 +130,8 @@ def run_task(
         if not isinstance(model, BagelPipeline):
             kind = type(model).__name__
             raise ValueError(f"model must be a BagelPipeline, or come with run, got a {kind} alone")
-        if choice("task", Task, task) is Task.UNDERSTANDING:
-            run = partial(answer, model, settings)
-        else:
-            run = partial(generate_samples, model, settings)
+        is_text = choice("task", Task, task) is Task.UNDERSTANDING
+        run = partial(answer if is_text else generate_samples, model, settings)
     show = progress or (lambda *_: None)
     for index, sample in enumerate(samples):
         show(index, len(samples))
@@ -232,7 +229,6 @@ class DenseDistance:
     dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # latents and pixels
 
     def prepare(self, pipeline: BagelPipeline) -> None:
-        """Generates with the dense model."""
         self.dense = self._latents_and_pixels(pipeline)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
@@ -274,7 +270,6 @@ class TextAgreement:
     answers: list[list[int]] = field(default_factory=list)
 
     def prepare(self, pipeline: BagelPipeline) -> None:
-        """Takes the answers of the dense model."""
         answers = (answer(pipeline, self.settings, sample) for sample in self.samples)
         self.answers = [finished(pipeline, self.settings, own.token_ids) for own in answers]
 
@@ -329,20 +324,13 @@ def bagel_probe(
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
 ) -> Probe:
-    """Returns the probe of one task.
+    """Returns the probe of one task, with more evaluators by name.
 
     Generation and editing are measured by the distance of whole generations to those of the dense
     model, and where every sample has its held-out image by the velocity error too; understanding
     by the agreement of text. The forward whose cost is measured is one velocity, without guidance,
     at the size of the first sample; of understanding, the reading of the first question with its
     images.
-
-    Args:
-        pipeline: the model.
-        task: which of the three.
-        samples: what it is run on.
-        settings: size, steps, length of answers.
-        evaluators: more of them, by name.
     """
     settings = settings or Settings()
     measures: dict[str, Evaluator]
@@ -398,62 +386,18 @@ def read_metadata(path: StrPath) -> list[dict[str, Any]]:
     return entries
 
 
-def write_geneval(
-    pipeline: BagelPipeline,
-    metadata: list[dict[str, Any]],
-    out: StrPath,
-    *,
-    num_images: int = 4,
-    seed: int = 0,
-    settings: Settings | None = None,
-    prompts: Sequence[int] | None = None,
-) -> Path:
-    """Generates the images of every prompt into the folders that the official scorer reads.
-
-    The noise of an image is that of its prompt and number and of no other image, so that models are
-    compared at equal noise: image i of prompt p has the seed `seed` + p * `num_images` + i. Prompts
-    that an interrupted run has completed are kept. Returns `out`.
-
-    Args:
-        pipeline: the model.
-        metadata: of `read_metadata`.
-        out: the folder of the folders; made if it is not there.
-        num_images: per prompt.
-        seed: of the first image.
-        settings: size, steps and guidance.
-        prompts: numbers of those to generate; None is all.
-    """
-    sampling = (settings or Settings()).sampling()
-    out = Path(out)
-    for index in range(len(metadata)) if prompts is None else prompts:
-        entry = metadata[index]
-        samples, described = out / f"{index:05}" / "samples", out / f"{index:05}" / "metadata.jsonl"
-        files = [samples / f"{i:05}.png" for i in range(num_images)]
-        text = json.dumps(entry).encode()
-        is_same = described.is_file() and described.read_bytes() == text
-        if is_same and all(file.is_file() for file in files):
-            continue
-        samples.mkdir(parents=True, exist_ok=True)
-        described.unlink(missing_ok=True)
-        seeds = [(seed + index * num_images + i) % 2**63 for i in range(num_images)]
-        images = pipeline.generate([entry["prompt"]] * num_images, seed=seeds, **sampling).images
-        for file, image in zip(files, images, strict=True):
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
-            replace_file(file, buffer.getvalue())
-        replace_file(described, text)  # last, so that a folder with its metadata is complete
-    return out
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenEval:
     """Images of GenEval for the official scorer, and perhaps another one.
 
+    The noise of an image is that of its prompt and number and of no other image, so that models are
+    compared at equal noise: image i of prompt p has the seed `seed` + p * `num_images` + i.
+
     Args:
         metadata: of `read_metadata`.
         num_images: per prompt.
-        seed: of the first image, see `write_geneval`.
-        scorer: a function from a folder of `write_geneval` to numbers by name, with `better` as an
+        seed: of the first image.
+        scorer: a function from a folder of `write` to numbers by name, with `better` as an
             evaluator has it; None writes the images alone.
     """
 
@@ -475,10 +419,35 @@ class GenEval:
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return [digest, self.num_images, self.seed]
 
-    def write(self, pipeline: BagelPipeline, folder: Path, **options: Any) -> None:
-        """Writes the images; options: `settings` and `prompts` of `write_geneval`."""
-        options |= {"num_images": self.num_images, "seed": self.seed}
-        write_geneval(pipeline, self.metadata, folder, **options)
+    def write(
+        self,
+        pipeline: BagelPipeline,
+        out: Path,
+        settings: Settings,
+        prompts: Sequence[int] | None = None,
+    ) -> None:
+        """Generates the images of prompts, by their numbers, or of all, into folders of `out`.
+
+        Prompts that an interrupted run has completed are kept.
+        """
+        for index in range(len(self.metadata)) if prompts is None else prompts:
+            folder, entry = out / f"{index:05}", self.metadata[index]
+            files = [folder / "samples" / f"{i:05}.png" for i in range(self.num_images)]
+            described, text = folder / "metadata.jsonl", json.dumps(entry).encode()
+            is_same = described.is_file() and described.read_bytes() == text
+            if is_same and all(file.is_file() for file in files):
+                continue
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            described.unlink(missing_ok=True)
+            first = self.seed + index * self.num_images
+            seeds = [(first + i) % 2**63 for i in range(self.num_images)]
+            drawn = [entry["prompt"]] * self.num_images
+            images = pipeline.generate(drawn, seed=seeds, **settings.sampling()).images
+            for file, image in zip(files, images, strict=True):
+                buffer = io.BytesIO()
+                image.save(buffer, format="PNG")
+                replace_file(file, buffer.getvalue())
+            replace_file(described, text)  # last, so that a folder with its metadata is complete
 
 
 class GenEvalImages:
@@ -489,9 +458,8 @@ class GenEvalImages:
         self.folder, self.better = out, geneval.better()
 
     def begin(self, point: str) -> None:
-        """Names the folder of the images that follow."""
         self.folder = self.out / point
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
-        self.geneval.write(pipeline, self.folder, settings=self.settings)
+        self.geneval.write(pipeline, self.folder, self.settings)
         return {} if self.geneval.scorer is None else self.geneval.scorer(self.folder)

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,8 @@ class Collector(Observer):
         self.samples: list[str] = []
         # Each FFN, or `SparseMoE` with all of its experts.
         self.sums: dict[nn.Module, list[_Sums]] = {}
-        for component in components:
-            for ffn in adapter.ffns(component):
-                self.sums.setdefault(ffn.module, []).append(_Sums(ffn, config))
+        for ffn in (ffn for component in components for ffn in adapter.ffns(component)):
+            self.sums.setdefault(ffn.module, []).append(_Sums(ffn, config))
 
     def begin(self, sample: str) -> None:
         """Starts a sample, of a name that no other has: what runs from here on belongs to it."""
@@ -89,26 +89,20 @@ class Collector(Observer):
             raise ValueError(f"collect: samples must be distinct, got {sample!r} twice")
         self.samples.append(sample)
         seed = int.from_bytes(hashlib.sha256(sample.encode()).digest()[:8], "little") % 2**63
-        for watched in self.sums.values():
-            for own in watched:
-                own.begin(seed)
+        for own in chain(*self.sums.values()):
+            own.begin(seed)
 
     def statistics(self) -> FfnStatistics:
         """Returns what was gathered, the running sample included; may be asked for repeatedly."""
-        watched = [own for many in self.sums.values() for own in many if self.samples]
+        watched = list(chain(*self.sums.values()))
         # Tasks leave components out: text-only understanding runs no gen FFN.
-        active = {
-            own.ffn.component: "" for own in watched if any(map(Tensor.any, own.sample_tokens))
-        }
+        seen = {own.ffn.component: "" for own in watched if any(map(Tensor.any, own.sample_tokens))}
+        of = [(own.ffn.component, own.ffn.key, own) for own in watched]
         return FfnStatistics(
-            model_hashes={component: hash_ffns(self.adapter, component) for component in active},
+            model_hashes={component: hash_ffns(self.adapter, component) for component in seen},
             config=self.config,
             samples={self.task: tuple(self.samples)},
-            ffns={
-                (self.task, own.ffn.component, own.ffn.key): own.result()
-                for own in watched
-                if own.ffn.component in active
-            },
+            ffns={(self.task, name, key): own.result() for name, key, own in of if name in seen},
         )
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -222,7 +216,6 @@ def collect(
     Args:
         model: a model or pipeline.
         task: under which name the statistics are kept.
-        config: what is counted.
         components: None is all that the adapter names.
         adapter: None finds one.
     """
@@ -260,10 +253,8 @@ def calibrate(
         samples: `Sample`s; with `run`, whatever it takes, one after the other. Those have their
             number as name, so that statistics of two such runs do not merge.
         run: what to do with a sample, for models that are no BAGEL pipeline.
-        settings: of the built-in runs: size, steps, length of answers.
-        config: what is counted.
+        settings: of the built-in runs.
         components: None is all of them.
-        progress: called with the number of finished samples and of all.
 
     Raises:
         ValueError: there are no samples, the task or model is none that can be run, no adapter

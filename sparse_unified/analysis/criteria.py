@@ -134,10 +134,8 @@ def save_scores(
     The file says where they come from; `convert` and `prune` refuse those of another model.
 
     Args:
-        path: of the file; one that is there is replaced.
-        scores: of `score`.
-        criterion: what they are.
-        statistics: they are computed from.
+        path: one that is there is replaced.
+        scores, criterion, statistics: of `score`.
         model: they are of; None takes the hashes of the statistics.
         similarity: of the layers, by which `prune --axis depth --keep-ratio` chooses.
 
@@ -152,16 +150,14 @@ def save_scores(
     tensors = {f"{c}.{layer}": own for c, layers in joined.items() for layer, own in layers.items()}
     if not tensors:
         raise ValueError(f"{path}: scores must be given for at least one layer, got none")
-    hashes = dict(statistics.model_hashes) if statistics else {}
-    if model is not None:
-        hashes = {component: hash_ffns(model, component) for component in scores}
-    samples = statistics.samples if statistics else {}
     origin = {
         "criterion": criterion,
-        "samples": {task: len(own) for task, own in samples.items()},
-        "model_hashes": hashes,
+        "samples": {t: len(own) for t, own in statistics.samples.items()} if statistics else {},
+        "model_hashes": dict(statistics.model_hashes) if statistics else {},
         "similarity": list(similarity.layers) if similarity else [],
     }
+    if model is not None:
+        origin["model_hashes"] = {component: hash_ffns(model, component) for component in scores}
     save_tensors(Path(path), tensors, {ORIGIN: json.dumps(origin)})
 
 
@@ -209,14 +205,9 @@ class Similarity(Report):
         return cls(layers=tuple(layers))
 
     def left_out(
-        self,
-        component: str,
-        keep_ratio: float,
-        part: str = "block",
-        layers: Sequence[int] | None = None,
+        self, component: str, keep_ratio: float, part: str, layers: Sequence[int] | None
     ) -> tuple[int, ...]:
-        """Returns the layers that go where max(1, round(keep_ratio * N)) of N stay; see
-        `redundant`."""
+        """Returns the `redundant` layers where max(1, round(keep_ratio * N)) of N stay."""
         count = len(self.cosines(component, part, layers))
         if not count:
             raise ValueError(f"similarity: layers of {component} must have seen tokens, got none")
@@ -239,16 +230,9 @@ class Similarity(Report):
         part: str = "block",
         layers: Sequence[int] | None = None,
     ) -> tuple[int, ...]:
-        """Returns the `count` layers whose part changes the least, ascending.
+        """Returns the `count` layers whose part of `PARTS` changes the least, ascending.
 
-        Args:
-            component: whose layers.
-            count: how many.
-            part: "block", "attention" or "ffn".
-            layers: to choose among; None is all.
-
-        Raises:
-            ValueError: not so many have seen tokens, or a cosine is not a number.
+        ValueError if not so many of the layers have seen tokens, or a cosine is not a number.
         """
         values = self.cosines(component, part, layers)
         check_int(f"similarity: count of layers of {component}", count, 0, len(values))
@@ -271,17 +255,16 @@ class Measurement:
     """What `measure_similarity` yields; `result()` is read after the runs."""
 
     def __init__(self) -> None:
-        self.tokens: dict[tuple[str, int], int] = {}  # of each component and layer
-        self.sums: dict[tuple[str, int], Any] = {}  # [3] fp64, on the device of the model
+        # Of each component and layer, tokens and sums [3] fp64, on the device of the model.
+        self.found: dict[tuple[str, int], tuple[int, Any]] = {}
 
     def result(self) -> Similarity:
         """Returns the similarities of all layers that have seen tokens; ValueError if none has."""
         layers = []
-        for (component, layer), tokens in self.tokens.items():
+        for (component, layer), (tokens, sums) in self.found.items():
             if tokens:
-                means = (self.sums[component, layer] / tokens).tolist()
-                own = {"component": component, "layer": layer, "tokens": tokens}
-                layers.append(own | dict(zip(PARTS, means, strict=True)))
+                means = dict(zip(PARTS, (sums / tokens).tolist(), strict=True))
+                layers.append({"component": component, "layer": layer, "tokens": tokens, **means})
         if not layers:
             raise ValueError("measure_similarity: model must run on tokens meanwhile, got none")
         return Similarity(layers=tuple(layers))
@@ -289,7 +272,7 @@ class Measurement:
     def watch(self, key: tuple[str, int], block: Block) -> Iterator[Any]:
         """Hooks the block of a component and layer; yields the handles."""
         stream: dict[str, Tensor] = {}
-        self.tokens[key], self.sums[key] = 0, 0.0
+        self.found[key] = (0, 0.0)
 
         def leave(module: object, args: tuple[Any, ...], output: Any) -> None:
             branch = output[0] if isinstance(output, tuple) else output
@@ -299,8 +282,8 @@ class Measurement:
                 F.cosine_similarity(a.float(), b.float(), dim=-1).sum(dtype=torch.float64)
                 for a, b in ((x, y), (x, x1), (x1, y))
             ]
-            self.sums[key] += torch.stack(cosines)
-            self.tokens[key] += len(x1)
+            tokens, sums = self.found[key]
+            self.found[key] = (tokens + len(x1), sums + torch.stack(cosines))
 
         for name, norm in (("x", block.input_norm), ("x1", block.post_attention_norm)):
             keep = partial(lambda name, _, given: stream.update({name: given[0]}), name)
@@ -319,11 +302,7 @@ def measure_similarity(
         print(measured.result().to_text())
 
     Layers that skip a part are left out. Costs a few reads of the residual stream; sums stay on the
-    device until `result()`.
-
-    Args:
-        model: a model, a pipeline, or an adapter.
-        components: to measure; None is all.
+    device until `result()`. The model may be a pipeline or an adapter; `components` None is all.
     """
     adapter, measurement = find_adapter(model), Measurement()
     with ExitStack() as hooks:

@@ -56,6 +56,8 @@ _BETTER = {
     **TextAgreement.better,
     "answers": "higher",
 }
+_DRAWN = (Task.GENERATION.value, Task.EDITING.value)
+_Unit = tuple[str, str, int]  # a sample of a model: name of the record, task, index
 _SHOWN, _SIDE = 8, 160  # images of a collage, and pixels of the side of each
 
 
@@ -83,20 +85,15 @@ class Evaluation(Report):
         return ["model", "kind", "parameters", "active", *self._names(), *times]
 
     def table(self) -> Sequence[Sequence[object]]:
-        return [
-            [
-                own["name"],
-                own["kind"],
-                f"{own['parameters']:,}",
-                "?" if own["active"] is None else f"{own['active']:,}",
-                *(_cell(own["metrics"].get(name)) for name in self._names()),
-                *(
-                    "{median:.3g} [{least:.3g}, {most:.3g}]".format(**s)
-                    for s in own["seconds"].values()
-                ),
-            ]
-            for own in self.models
-        ]
+        rows = []
+        for own in self.models:
+            active = "?" if own["active"] is None else f"{own['active']:,}"
+            metrics = [_cell(own["metrics"].get(name)) for name in self._names()]
+            times = own["seconds"].values()
+            seconds = ["{median:.3g} [{least:.3g}, {most:.3g}]".format(**s) for s in times]
+            sizes = (f"{own['parameters']:,}", active)
+            rows.append([own["name"], own["kind"], *sizes, *metrics, *seconds])
+        return rows
 
     def _names(self) -> list[str]:
         return [name for name in self.better if any(name in own["metrics"] for own in self.models)]
@@ -111,16 +108,11 @@ class Evaluation(Report):
         ]
 
     def to_markdown(self) -> str:
-        """Returns the table, its notes and the settings."""
-        run = self.run
-        lines = [
-            "# Evaluation",
-            f"```\n{format_table([self.headings(), *self.table()], header=True)}\n```",
-            "\n".join(f"- {note}" for note in self.notes()),
-            f"Settings: {settings_in_words(run['settings'])}; dtype {run['dtype']}, "
-            f"on {run['device']}.",
-        ]
-        return "\n\n".join(lines) + "\n"
+        run, table = self.run, format_table([self.headings(), *self.table()], header=True)
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        where = f"dtype {run['dtype']}, on {run['device']}."
+        settings = f"Settings: {settings_in_words(run['settings'])}; {where}"
+        return f"# Evaluation\n\n```\n{table}\n```\n\n{notes}\n\n{settings}\n"
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
@@ -204,14 +196,9 @@ def evaluate(
         store.read()
         units = [unit for model in paths for unit in work.units(model)]
         left = sum(name not in store.records for name, _, _ in units) or work.score()
-        result = Evaluation(
-            run=run,
-            better=_BETTER | work.better(),
-            models=tuple(
-                _row(name, source, store, samples, settings) for name, source in sources.items()
-            ),
-            left=left,
-        )
+        rows = [_row(name, source, store, samples, settings) for name, source in sources.items()]
+        better = _BETTER | work.better()
+        result = Evaluation(run=run, better=better, models=tuple(rows), left=left)
         if not left:
             store.finish(result.to_json(), result.to_markdown())
             write_collage(store.folder, list(paths), samples)
@@ -231,8 +218,7 @@ class _Work:
     evaluators: Mapping[str, Evaluator]
     reference: str | None
 
-    def units(self, model: str) -> list[tuple[str, str, int]]:
-        """Returns (name of the record, task, index) of all samples of a model."""
+    def units(self, model: str) -> list[_Unit]:
         counts = {task: len(own) for task, own in self.samples.items()}
         counts |= {"geneval": len(self.geneval.metadata)} if self.geneval else {}
         counts |= {"evaluators": 1} if self.evaluators else {}
@@ -242,13 +228,7 @@ class _Work:
             for index in range(count)
         ]
 
-    def run(
-        self,
-        shard: Shard,
-        device: str,
-        dtype: torch.dtype | None,
-        progress: Callable[[int, int, str], object] | None,
-    ) -> None:
+    def run(self, shard: Shard, device: str, dtype: Any, progress: Any) -> None:
         own = {model: self.units(model)[shard[0] :: shard[1]] for model in self.models}
         total, done, show = sum(map(len, own.values())), 0, progress or (lambda *_: None)
         for model, units in own.items():
@@ -267,37 +247,32 @@ class _Work:
                 batch = [unit for unit in todo[:size] if unit[1] == task]
                 show(done, total, f"{model}: {task}")
                 with active_experts(pipeline.model, settings.config().top_k_at(1.0)):
-                    self._compute(pipeline, settings, model, batch)
+                    if task in _DRAWN:
+                        self._draw(pipeline, settings, model, batch)
+                    elif task in self.samples:
+                        self._answer(pipeline, model, batch[0])
+                    else:
+                        self._measure(pipeline, settings, model, batch[0])
                 done, todo = done + len(batch), todo[len(batch) :]
         show(total, total, "done")
 
-    def _compute(
-        self, pipeline: Any, settings: Settings, model: str, batch: list[tuple[str, str, int]]
-    ) -> None:
-        """Computes samples of one task and appends a record for each."""
-        task, start = batch[0][1], time.perf_counter()
-        if task == "geneval":
-            assert self.geneval is not None
-            self.geneval.write(
-                pipeline,
-                self.store.folder / "geneval" / model,
-                settings=settings,
-                prompts=[index for _, _, index in batch],
-            )
-            images = len(batch) * self.geneval.num_images
-            for unit in batch:
-                self._append(model, unit, {}, (time.perf_counter() - start) / images)
-            return
-        if task == "evaluators":
-            found: dict[str, float] = {}
+    def _measure(self, pipeline: Any, settings: Settings, model: str, unit: _Unit) -> None:
+        """Draws a prompt of GenEval, or runs the evaluators."""
+        start, found = time.perf_counter(), dict[str, float]()
+        if self.geneval is not None and unit[1] == "geneval":
+            folder = self.store.folder / "geneval" / model
+            self.geneval.write(pipeline, folder, settings, [unit[2]])
+            seconds = (time.perf_counter() - start) / self.geneval.num_images
+        else:
             for name, function in self.evaluators.items():
                 found |= measure(function, pipeline, where=f"{model}: {name}")
-            self._append(model, batch[0], found, time.perf_counter() - start)
-            return
+            seconds = time.perf_counter() - start
+        self._append(model, unit, found, seconds)
+
+    def _draw(self, pipeline: Any, settings: Settings, model: str, batch: list[_Unit]) -> None:
+        """Draws samples of one task, and compares them with those of the reference."""
+        task, start = batch[0][1], time.perf_counter()
         samples = [self.samples[task][index] for _, _, index in batch]
-        if task not in _DRAWN:
-            self._answer(pipeline, model, batch[0], samples[0])
-            return
         result = generate_samples(pipeline, settings, *samples)
         seconds = (time.perf_counter() - start) / len(batch)
         drawn = zip(batch, samples, result.images, result.latents, strict=True)
@@ -309,19 +284,16 @@ class _Work:
             apart: dict[str, float] = {}
             if self.reference is not None:
                 dense = image_path(self.store.folder, self.reference, task, unit[2])
-                latent0 = read_tensor(
-                    read_header(dense.with_suffix(".safetensors")).tensors["latent"]
-                )
-                dense_pixels = pixels_of(open_image(dense, where=str(dense)))
-                apart |= distances((latent, pixels_of(image)), (latent0, dense_pixels))
+                header = read_header(dense.with_suffix(".safetensors"))
+                pixels = pixels_of(open_image(dense, where=str(dense)))
+                reference = (read_tensor(header.tensors["latent"]), pixels)
+                apart |= distances((latent, pixels_of(image)), reference)
             if sample.image is not None:
                 apart |= VelocityError([sample], settings)(pipeline)
             self._append(model, unit, apart, seconds)
 
-    def _answer(
-        self, pipeline: Any, model: str, unit: tuple[str, str, int], sample: Sample
-    ) -> None:
-        start = time.perf_counter()
+    def _answer(self, pipeline: Any, model: str, unit: _Unit) -> None:
+        sample, start = self.samples[unit[1]][unit[2]], time.perf_counter()
         own = answer(pipeline, self.settings, sample)
         seconds, ids = time.perf_counter() - start, finished(pipeline, self.settings, own.token_ids)
         sums: dict[str, Any] = {}
@@ -340,7 +312,7 @@ class _Work:
     def _append(
         self,
         model: str,
-        unit: tuple[str, str, int],
+        unit: _Unit,
         metrics: Mapping[str, Any],
         seconds: float,
         answer: str | None = None,
@@ -349,10 +321,8 @@ class _Work:
         """Adds a record; a metric is a value, or a sum with what it is divided by."""
         sums = {name: own if isinstance(own, list) else [own, 1] for name, own in metrics.items()}
         record = {"model": model, "sums": sums, "answer": answer, "ids": list(ids)}
-        name, task, index = unit
-        self.store.append(
-            {"name": name, "task": task, "index": index, **record, "seconds": seconds}
-        )
+        of = dict(zip(("name", "task", "index"), unit, strict=True))
+        self.store.append({**of, **record, "seconds": seconds})
 
     def score(self) -> int:
         """Scores the GenEval images of every model, once; returns how many are left to others."""
@@ -360,7 +330,7 @@ class _Work:
             return 0
         missing = [m for m in self.models if f"{m}/score" not in self.store.records]
         folder = self.store.folder / "geneval"
-        with suppress(_Busy), files.locked(folder, _Busy()):
+        with suppress(BlockingIOError), files.locked(folder, BlockingIOError()):
             self.store.read()
             for model in [m for m in missing if f"{m}/score" not in self.store.records]:
                 found = measure(scorer, folder / model, where=f"{model}: scorer")
@@ -370,17 +340,9 @@ class _Work:
         return len(missing)
 
     def better(self) -> dict[str, str]:
-        """Returns the directions of the metrics of users."""
         own = [directions(f, where="evaluator") for f in self.evaluators.values()]
         own += [self.geneval.better()] if self.geneval else []
         return {metric: way for found in own for metric, way in found.items()}
-
-
-class _Busy(Exception):
-    """Another process scores."""
-
-
-_DRAWN = (Task.GENERATION.value, Task.EDITING.value)
 
 
 def _plain(text: str) -> str:
@@ -406,7 +368,7 @@ def _row(
     for record in own:
         for metric, (value, weight) in record["sums"].items():
             sums.setdefault(metric, []).append((value, weight))
-    metrics: dict[str, Any] = {metric: _mean(metric, pairs) for metric, pairs in sums.items()}
+    metrics = {metric: _mean(metric, pairs) for metric, pairs in sums.items()}
     scored = store.records.get(f"{name}/score", {"metrics": {}})["metrics"]
     counted = len([r for r in own if r["task"] == "geneval"])
     metrics |= {m: {"mean": v, "standard_error": None, "n": counted} for m, v in scored.items()}

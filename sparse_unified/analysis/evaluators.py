@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -30,14 +31,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def evaluator(**better: str) -> Callable[[F], F]:
-    """Declares a function as an evaluator.
+    """Declares a function as an evaluator by its metrics, each "lower" or "higher".
 
-        @evaluator(loss="lower")
-        def loss(model):
-            return {"loss": float(model(input_ids=ids, labels=ids).loss)}
-
-    Args:
-        better: its metrics, each "lower" or "higher".
+    @evaluator(loss="lower")
+    def loss(model):
+        return {"loss": float(model(input_ids=ids, labels=ids).loss)}
     """
 
     def declare(function: F) -> F:
@@ -163,30 +161,22 @@ class Cost:
 
 
 def measure_cost(model: nn.Module, workload: Workload, *, repeats: int = 5) -> Cost:
-    """Measures a model at work.
-
-    Args:
-        model: its weights count, every tensor once.
-        workload: sets the forward up.
-        repeats: timed forwards, after two that are not.
-    """
+    """Measures a model, every tensor once, at work: `repeats` timed forwards, after two others."""
     weights = [*model.parameters(), *model.buffers()]
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    is_cuda = any(weight.is_cuda for weight in weights)
-    seconds = []
+    weight_bytes = sum(weight.nbytes for weight in weights)
+    seconds, wait = [], lambda: None
+    if any(weight.is_cuda for weight in weights):
+        wait = partial(torch.cuda.synchronize, weights[0].device)
     with torch.no_grad():
-        forward = workload()
-        memory = ActivationMemory()
+        forward, memory = workload(), ActivationMemory()
         with FlopCounterMode(display=False, custom_mapping=_formulas()) as flops, memory:
             forward()
         forward()
         for _ in range(repeats):
-            if is_cuda:
-                torch.cuda.synchronize(weights[0].device)
+            wait()
             start = time.perf_counter()
             forward()
-            if is_cuda:
-                torch.cuda.synchronize(weights[0].device)
+            wait()
             seconds.append(time.perf_counter() - start)
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -206,9 +196,7 @@ class ActivationMemory(TorchDispatchMode):
         self.peak = 0
         self._live: dict[int, int] = {}  # storage -> bytes
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> object:
         out = func(*args, **(kwargs or {}))
         given = _storages((args, kwargs))
         for key, storage in _storages(out).items():
@@ -228,9 +216,7 @@ def _storages(tree: object) -> dict[int, torch.UntypedStorage]:
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Returns the FLOPs, from shapes, of operations that torch's counter does not know."""
 
-    def grouped(
-        x: Shape, row_token: Shape, offsets: Shape, gate_proj: Shape, *rest: Any, **_: Any
-    ) -> int:
+    def grouped(_: Shape, row_token: Shape, offsets: Shape, gate_proj: Shape, *more: Any) -> int:
         return 6 * row_token[0] * math.prod(gate_proj) // (offsets[0] - 1)
 
     ours = torch.ops.sparse_unified
@@ -239,7 +225,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             lambda query, key, *_, **__: 4 * math.prod(query) * key[-2]
         ),
         ours.route_topk: lambda x, gate, *_, **__: 2 * x[0] * math.prod(gate),
-        ours.grouped_ffn: grouped,
+        ours.grouped_ffn: lambda *a, **_: grouped(*a[:4]),
         # x, weights, row_token, token_rows, expert_offsets, gate_proj, ...
         ours.grouped_ffn_combine: lambda *a, **_: grouped(a[0], a[2], a[4], a[5]),
         ours.pruned_ffn: lambda x, kept, gate, up, down, block_size, *_, **__: (

@@ -53,18 +53,13 @@ class ExpertUsage(Report):
         for own in self.layers:
             shares = [share for share in own["share"] if share is not None]
             moves = [move for move in own["change"] if move is not None]
-            rows.append(
-                (
-                    f"{own['component']} {own['layer']}",
-                    sum(own["tokens"]),
-                    f"{own['top_k']} of {own['num_experts']}",
-                    f"{own['entropy']:.3f}" if shares else "-",
-                    f"{min(shares):.1%}" if shares else "-",
-                    f"{max(shares):.1%}" if shares else "-",
-                    len(own["dead_experts"]),
-                    f"{sum(moves) / len(moves):.3f}" if moves else "-",
-                )
-            )
+            load = ["-"] * 3
+            if shares:
+                load = [f"{own['entropy']:.3f}", f"{min(shares):.1%}", f"{max(shares):.1%}"]
+            move = f"{sum(moves) / len(moves):.3f}" if moves else "-"
+            experts = f"{own['top_k']} of {own['num_experts']}"
+            where = (f"{own['component']} {own['layer']}", sum(own["tokens"]), experts)
+            rows.append((*where, *load, len(own["dead_experts"]), move))
         return rows
 
     def notes(self) -> Sequence[str]:
@@ -120,15 +115,10 @@ class ExpertWatch(Observer):
 
     def __init__(self, config: StatisticsConfig, blocks: Sequence[SparseBlock]) -> None:
         super().__init__(config)
-        self.blocks = blocks
-        self.loads = {
-            block.module: torch.zeros(
-                (config.num_time_ranges + 1, block.module.num_experts),
-                dtype=torch.int64,
-                device=block.module.gate.weight.device,
-            )
-            for block in blocks
-        }
+        self.blocks, self.loads = blocks, dict[Any, Tensor]()
+        for module in [block.module for block in blocks]:
+            load = torch.zeros(config.num_time_ranges + 1, module.num_experts, dtype=torch.int64)
+            self.loads[module] = load.to(module.gate.weight.device)
 
     @torch.no_grad()
     def before(self, block: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -163,7 +153,6 @@ def watch_experts(
     Args:
         model: a model or pipeline with `SparseMoE` blocks, whose routers are in memory.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
-        components: of which components; None is all.
     """
     blocks = find_sparse_blocks(model, components)
     watch = ExpertWatch(StatisticsConfig(num_time_ranges=num_time_ranges), blocks)

@@ -45,12 +45,7 @@ STYLE = {
 
 
 def write_plots(result: SweepResult, folder: StrPath) -> list[Path]:
-    """Draws everything that a sweep has shown into PNG files, and returns these.
-
-    Args:
-        result: of `run_sweep`.
-        folder: made if it is not there.
-    """
+    """Draws everything that a sweep has shown into PNG files of a folder, and returns these."""
     Path(folder).mkdir(exist_ok=True)
     written = []
     with optional("matplotlib", "plot").rc_context(STYLE):
@@ -58,10 +53,10 @@ def write_plots(result: SweepResult, folder: StrPath) -> list[Path]:
             figures = {"similarity": similarity(task, found)}
             if found["points"]:
                 figures["sensitivity"] = sensitivity(task, found)
-            if found["activation"]:
-                figures["activation"] = activation(task, found["activation"])
-                figures["overlap"] = overlap(task, found["activation"])
-                figures["never-always"] = never_always(task, found["activation"])
+            if maps := found["activation"]:
+                figures["activation"] = activation(task, maps)
+                figures["overlap"] = overlap(task, maps)
+                figures["never-always"] = never_always(task, maps)
             for kind, figure in figures.items():
                 written.append(Path(folder) / f"{kind}-{task}.png")
                 figure.savefig(written[-1])
@@ -251,10 +246,9 @@ def _heat_map(
     """Draws values from dark to bright, grey where there were no tokens; names columns and rows."""
     from matplotlib import colormaps
 
-    colors = {"cmap": colormaps["magma"].with_extremes(bad=LINE), "interpolation": "nearest"}
-    image = panel.imshow(
-        values, vmin=limits[0], vmax=limits[1], aspect="auto", origin="lower", **colors
-    )
+    style = {"cmap": colormaps["magma"].with_extremes(bad=LINE), "interpolation": "nearest"}
+    style |= {"vmin": limits[0], "vmax": limits[1], "aspect": "auto", "origin": "lower"}
+    image = panel.imshow(values, **style)
     panel.grid(False)
     panel.set_ylabel("layer")
     step = max(1, len(layers) // 14)

@@ -90,12 +90,9 @@ def built_in_samples(
     """Returns samples that come with the package; they are always the same.
 
     Args:
-        task: for which.
-        count: see `read_samples`.
-        seed: see `read_samples`.
+        count, seed: see `read_samples`.
         folder: where the images to edit are put; of editing only. It has to stay for as long as
             the samples are used.
-
     """
     if task is not Task.EDITING:
         prompts = GENERATION_PROMPTS if task is Task.GENERATION else UNDERSTANDING_PROMPTS
@@ -148,11 +145,11 @@ def read_samples(
                     f"--images: {images} must hold one image ({', '.join(IMAGE_SUFFIXES)}) for "
                     f"each of {len(samples)} prompts, got {len(found)}"
                 )
-            for i, picture in enumerate(sorted(found)):
-                role: Any = (
-                    {"image": picture} if task is Task.GENERATION else {"sources": (picture,)}
-                )
-                samples[i] = replace(samples[i], **role)
+            pairs = zip(samples, sorted(found), strict=True)
+            if task is Task.GENERATION:
+                samples = [replace(sample, image=picture) for sample, picture in pairs]
+            else:
+                samples = [replace(sample, sources=(picture,)) for sample, picture in pairs]
     samples = _take(samples, count, seed, f"--prompts: {path}")
     for sample in samples:
         if task is Task.EDITING and not sample.sources:

@@ -33,17 +33,18 @@ from sparse_unified.surgery.decoder import FfnKey, hash_ffns
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
 NO_TIME = "no time"  # text, ViT tokens, finished images
 
-# The tensors of `FfnSums` in the order of a file, with a letter for each dimension: R ranges, I
-# neurons, B bytes of I bits, S samples, T tokens whose inputs are kept, D hidden.
+# The tensors of `FfnSums` in the order of a file, with a letter for each dimension: R ranges of
+# time and the one without, I neurons, B bytes of I bits, S samples, T tokens whose inputs are kept,
+# D hidden.
 TENSORS = {
     "tokens": (torch.int64, "R"),
-    "sum_abs": (torch.float64, "RI"),
-    "sum_squares": (torch.float64, "RI"),
-    "num_fired": (torch.float64, "RI"),
+    "sum_abs": (torch.float64, "RI"),  # of |h|
+    "sum_squares": (torch.float64, "RI"),  # of h^2
+    "num_fired": (torch.float64, "RI"),  # of the tokens that fire
     "sample_tokens": (torch.int64, "SR"),
-    "active": (torch.uint8, "SRB"),
-    "inputs": (torch.bfloat16, "TD"),
-    "input_draws": (torch.int64, "T"),
+    "active": (torch.uint8, "SRB"),  # the active set of each sample, a bit per neuron
+    "inputs": (torch.bfloat16, "TD"),  # what the FFN was given on the tokens that are kept
+    "input_draws": (torch.int64, "T"),  # ascending: what those were drawn by, the lowest of all
 }
 SUMMED = ("tokens", "sum_abs", "sum_squares", "num_fired")  # when merged; others are joined
 
@@ -80,18 +81,7 @@ class StatisticsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FfnSums:
-    """Sums of one FFN of I neurons on one task, over R + 1 ranges and S samples.
-
-    Attributes:
-        tokens: [R + 1] int64.
-        sum_abs: [R + 1, I] fp64, of |h|.
-        sum_squares: [R + 1, I] fp64, of h^2.
-        num_fired: [R + 1, I] fp64, of the tokens that fire.
-        sample_tokens: [S, R + 1] int64.
-        active: [S, R + 1, ceil(I / 8)] uint8, the active set of each sample, a bit per neuron.
-        inputs: [n, D] bf16, what the FFN was given on the n tokens that are kept.
-        input_draws: [n] int64, ascending: what those were drawn by, the lowest of all tokens.
-    """
+    """Sums of one FFN of I neurons on one task, over R + 1 ranges and S samples: see `TENSORS`."""
 
     tokens: Tensor
     sum_abs: Tensor
@@ -158,8 +148,10 @@ class FfnSums:
 
     def merge(self, other: FfnSums, config: StatisticsConfig) -> FfnSums:
         """Returns the sums over the samples of both."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in TENSORS}
-        made = {n: a + b if n in SUMMED else torch.cat([a, b]) for n, (a, b) in pairs.items()}
+        made = {}
+        for name in TENSORS:
+            own, more = getattr(self, name), getattr(other, name)
+            made[name] = own + more if name in SUMMED else torch.cat([own, more])
         kept = keep_lowest(made["inputs"], made["input_draws"], config.num_inputs)
         return FfnSums(**made | kept)
 
@@ -176,17 +168,13 @@ class FfnSums:
         }
         for name, (dtype, letters) in TENSORS.items():
             tensor, shape = getattr(self, name), [sizes[letter] for letter in letters]
-            if tensor.dtype != dtype or list(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} must be {dtype} of shape {shape}, "
-                    f"got {tensor.dtype} of {list(tensor.shape)}"
-                )
+            own = f"{tensor.dtype} of {list(tensor.shape)}"
+            if own != f"{dtype} of {shape}":
+                raise ValueError(f"{name} must be {dtype} of shape {shape}, got {own}")
             legal = torch.isfinite(tensor) & ((tensor >= 0) | (name == "inputs"))
             if not legal.all():
-                raise ValueError(
-                    f"{name} must be finite{'' if name == 'inputs' else ' and at least 0'}, "
-                    f"got {tensor[~legal][0].item()}"
-                )
+                rule = "finite" if name == "inputs" else "finite and at least 0"
+                raise ValueError(f"{name} must be {rule}, got {tensor[~legal][0].item()}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,12 +273,9 @@ class FfnStatistics:
                 own = [sums.firing_rate()[columns], *(overlap.nanmean() for overlap in overlaps)]
                 own += [shares[[*columns, -1]] for shares in sums.never_and_always()]
                 layers.setdefault(key if isinstance(key, int) else key[0], []).append(own)
-            firing, overlap, steps, never, always = (
-                torch.stack(
-                    [torch.stack([e[i] for e in own]).nanmean(0) for own in layers.values()]
-                )
-                for i in range(5)
-            )
+            parts = [zip(*own, strict=True) for own in layers.values()]
+            means = [[torch.stack(values).nanmean(0) for values in own] for own in parts]
+            firing, overlap, steps, never, always = map(torch.stack, zip(*means, strict=True))
             seen = (~firing.isnan().all(0)).nonzero()[:, 0]
             maps.append(
                 {
@@ -335,36 +320,30 @@ class FfnStatistics:
         # Where one has other FFNs in a task, the samples of an FFN are not as many as the task's.
         return replace(self, model_hashes=hashes, samples=samples, ffns=ffns)
 
-    def check(self, model: object) -> None:
-        """Raises ValueError unless these are of a model, pipeline or adapter, by its FFNs."""
-        for component in self.model_hashes:
-            self._check_hash(component, hash_ffns(model, component))
+    def check(self, model: object, component: str | None = None) -> None:
+        """Raises ValueError unless these are of a model, by the FFNs of one component or all.
 
-    def check_checkpoint(self, checkpoint: Checkpoint, component: str) -> None:
-        """Raises ValueError unless these are of the FFNs in a model directory."""
-        self._check_hash(component, hash_stored_ffns(checkpoint, component))
-
-    def _check_hash(self, component: str, own: str) -> None:
-        if own != (known := self.model_hashes.get(component)):
-            raise ValueError(
-                f"statistics: model must have the {component} FFNs they were gathered on, with "
-                f"hash {known}, got {own}"
-            )
+        That is a model, pipeline or adapter, or the `Checkpoint` of a directory.
+        """
+        hash_of: Any = hash_stored_ffns if isinstance(model, Checkpoint) else hash_ffns
+        for name in self.model_hashes if component is None else [component]:
+            if (own := hash_of(model, name)) != (known := self.model_hashes.get(name)):
+                raise ValueError(
+                    f"statistics: model must have the {name} FFNs they were gathered on, with "
+                    f"hash {known}, got {own}"
+                )
 
     def save(self, path: StrPath) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
-        entries = [
-            (*of, *(key if isinstance(key, tuple) else (key, None))) for *of, key in self.ffns
-        ]
-        tensors = {
-            _tensor_name(entry, name): getattr(sums, name)
-            for entry, sums in zip(entries, self.ffns.values(), strict=True)
-            for name in _stored(self.config)
-        }
+        entries, tensors = [], {}
+        for (*of, key), sums in self.ffns.items():
+            entries.append((*of, *(key if isinstance(key, tuple) else (key, None))))
+            for name in _stored(self.config):
+                tensors[_tensor_name(entries[-1], name)] = getattr(sums, name)
         described = {
             "model_hashes": dict(self.model_hashes),
             "config": asdict(self.config),
-            "samples": {task: list(own) for task, own in self.samples.items()},
+            "samples": dict(self.samples),
             "ffns": entries,
         }
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": self.tool}
@@ -381,17 +360,14 @@ class FfnStatistics:
             found = {name: loads_strict(header.metadata[name]) for name in names}
             config = StatisticsConfig(**found["config"])
             stored = _stored(config)
-            for task, component, layer, part in found["ffns"]:
+            for entry in found["ffns"]:
+                task, component, layer, part = entry
                 if type(layer) is not int:
                     raise TypeError(f"layer {layer!r:.80}")
-                specs = [
-                    header.tensors[_tensor_name((task, component, layer, part), name)]
-                    for name in stored
-                ]
-                tensors = no_inputs() | dict(
-                    zip(stored, map(safetensors_io.read_tensor, specs), strict=True)
-                )
-                ffns[task, component, layer if part is None else (layer, part)] = FfnSums(**tensors)
+                specs = {name: header.tensors[_tensor_name(entry, name)] for name in stored}
+                read = {name: safetensors_io.read_tensor(spec) for name, spec in specs.items()}
+                key = layer if part is None else (layer, part)
+                ffns[task, component, key] = FfnSums(**no_inputs() | read)
             if len(header.tensors) != len(found["ffns"]) * len(stored):
                 raise ValueError("tensors of other FFNs")
             return cls(

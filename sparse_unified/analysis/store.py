@@ -56,7 +56,6 @@ class Store:
 
     def __init__(self, folder: Path, own: Path) -> None:
         self.folder, self._points = folder, own / "points.jsonl"
-        own.mkdir(exist_ok=True)
         self.records: dict[str, dict[str, Any]] = {}
         self.read()
 
@@ -93,8 +92,8 @@ def open_store(
     folder = Path(out)
     run, own = folder / "run.json", folder
     if folder.is_dir() and not run.exists():
-        others = {p.name for p in folder.iterdir()} - {".lock"}
-        if any(not name.startswith(("shard-", ".run.json")) for name in others):
+        own_names = (".lock", "shard-", ".run.json")
+        if not all(path.name.startswith(own_names) for path in folder.iterdir()):
             raise ValueError(
                 f"--out: {folder} must be new, empty, or of such a run, got other files"
             )
@@ -133,12 +132,11 @@ def read_records(path: Path, *, is_own: bool = True) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         with naming(f"{path}: line {number}"):
-            record = files.read_object(line, "record", finite=True)
-            if not any(files.has_form(record, form) for form in _FORMS):
+            records.append(files.read_object(line, "record", finite=True))
+            if not any(files.has_form(records[-1], form) for form in _FORMS):
                 raise ValueError(
-                    f"record must be one that this command writes, got {record!r:.240}"
+                    f"record must be one that this command writes, got {records[-1]!r:.240}"
                 )
-        records.append(record)
     return records
 
 

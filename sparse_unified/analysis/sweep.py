@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,13 +30,7 @@ from sparse_unified._common import (
 )
 from sparse_unified.analysis.bagel_task import settings_in_words
 from sparse_unified.analysis.calibration import collect
-from sparse_unified.analysis.criteria import (
-    CRITERIA,
-    NeuronScores,
-    Similarity,
-    measure_similarity,
-    score,
-)
+from sparse_unified.analysis.criteria import CRITERIA, Similarity, measure_similarity, score
 from sparse_unified.analysis.evaluators import Probe, measure, measure_cost
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.analysis.store import Shard, Store, open_store
@@ -141,13 +136,11 @@ class SweepResult(Report):
 
     def to_text(self) -> str:
         parts = [
-            "\n".join([name, format_table(_rows(found), header=True), *_notes(name, found)])
+            "\n".join([name, _table(found), *_notes(name, found)])
             for name, found in self.tasks.items()
         ]
-        if left := [name for name in self.run["tasks"] if name not in self.tasks]:
-            parts.append(
-                f"not finished: the dense model on {', '.join(left)} is left to another process"
-            )
+        if left := ", ".join(name for name in self.run["tasks"] if name not in self.tasks):
+            parts.append(f"not finished: the dense model on {left} is left to another process")
         return "\n\n".join(parts)
 
     def to_markdown(self) -> str:
@@ -158,7 +151,7 @@ class SweepResult(Report):
             parts += [
                 f"## {name}",
                 "\n".join(_notes(name, found)),
-                f"```\n{format_table(_rows(found), header=True)}\n```",
+                f"```\n{_table(found)}\n```",
                 "Before -> after, in the same process. Times are medians and [least, most] of one "
                 "forward, of the dense model right before and after each row; a ratio is given "
                 "where these ranges stand apart. Memory is weights and results of operations. "
@@ -210,15 +203,14 @@ def run_sweep(
     tasks = {probe.task: {"metrics": list(probe.better), **probe.description} for probe in probes}
     if not tasks or len(tasks) < len(probes):
         raise ValueError(f"tasks must be given once each, got {list(tasks)}")
-    check_model(adapter, config)
+    _check_model(adapter, config)
     stated = {**(description or {}), "sweep": asdict(config), "tasks": tasks}
     stated = json.loads(json.dumps(stated))  # as the folder will give it back
-    given = statistics or {}
+    given, show = statistics or {}, progress or (lambda *_: None)
     with open_store(out, stated, shard) as store:
         runs = [_TaskRun(host, adapter, p, config, store, given.get(p.task)) for p in probes]
         rows = [(run, row) for run in runs for row in run.rows]
         steps = rows[shard[0] :: shard[1]]
-        show = progress or (lambda *_: None)
         for done, (run, row) in enumerate(steps):
             show(done, len(steps), f"{run.probe.task}: {row['name'] if 'axis' in row else 'dense'}")
             run.finish(row)
@@ -231,12 +223,10 @@ def run_sweep(
     return result
 
 
-def check_model(adapter: Decoder, config: SweepConfig) -> None:
+def _check_model(adapter: Decoder, config: SweepConfig) -> None:
     """Raises ValueError for a component, axis, layer or block size that a model does not allow."""
     for component in config.components:
-        if component not in adapter.components:
-            legal = ", ".join(adapter.components)
-            raise ValueError(f"component must be one of {legal}, got {component!r}")
+        adapter.names(component)
     # An attention that components share would be lost to all of them at once.
     has_own_attentions = len(adapter.components) == 1 or all(
         takes_absent_parts(adapter.block(layer, component).layer_module)
@@ -261,6 +251,7 @@ def check_model(adapter: Decoder, config: SweepConfig) -> None:
                 )
 
 
+@dataclass
 class _TaskRun:
     """One task of a sweep: observes the dense model once, then measures row after row.
 
@@ -268,43 +259,32 @@ class _TaskRun:
     as it came.
     """
 
-    def __init__(
-        self,
-        host: object,
-        adapter: Decoder,
-        probe: Probe,
-        config: SweepConfig,
-        store: Store,
-        statistics: FfnStatistics | None,
-    ) -> None:
-        self.host, self.adapter, self.probe, self.config = host, adapter, probe, config
-        self.store, self.statistics = store, statistics
-        self.layers = select_layers(config.layers, adapter.num_layers())
-        self.scores: NeuronScores | None = None
+    host: object
+    adapter: Decoder
+    probe: Probe
+    config: SweepConfig
+    store: Store
+    statistics: FfnStatistics | None
+
+    def __post_init__(self) -> None:
+        config, task = self.config, self.probe.task
+        self.layers = select_layers(config.layers, self.adapter.num_layers())
         self.is_prepared = False
         self.similarity = self._observe()
         active = {entry["component"] for entry in self.similarity.layers}
         self.components = [name for name in config.components if name in active]
-        task = probe.task
         self.rows: list[dict[str, Any]] = [{"name": f"{task}-dense"}]
         for component in self.components:
             for axis in map(Axis, config.axes):
+                of = {"task": task, "component": component, "axis": axis.value}
                 # Ratios between which no whole unit lies are one point.
                 kept = {self._kept(component, axis, ratio) for ratio in config.ratios}
-                self.rows += [
-                    {
-                        "task": task,
-                        "component": component,
-                        "axis": axis.value,
-                        "keep_ratio": ratio,
-                        "name": f"{task}-{component}-{axis.value}-{ratio:.3g}",
-                    }
-                    for ratio in sorted(kept, reverse=True)
-                ]
+                for ratio in sorted(kept, reverse=True):
+                    name = f"{task}-{component}-{axis.value}-{ratio:.3g}"
+                    self.rows.append({**of, "keep_ratio": ratio, "name": name})
 
     def _kept(self, component: str, axis: Axis, ratio: float) -> float:
         """Returns the share of the layers, neurons or groups of heads that a ratio leaves whole."""
-        size = 1
         if axis is Axis.DEPTH:
             counts = [len(self.similarity.cosines(component, layers=self.layers))]
         elif axis is Axis.WIDTH:
@@ -335,11 +315,11 @@ class _TaskRun:
         with ExitStack() as hooks:
             collector = None
             if self.statistics is None:
-                watch = collect(
-                    self.host, task, config=self.config.statistics, adapter=self.adapter
-                )
+                counted = self.config.statistics
                 try:
-                    collector = hooks.enter_context(watch)
+                    collector = hooks.enter_context(
+                        collect(self.host, task, config=counted, adapter=self.adapter)
+                    )
                 except ValueError as error:
                     logger.warning("no statistics of neurons: %s", error)
             measured = hooks.enter_context(measure_similarity(self.adapter))
@@ -366,14 +346,9 @@ class _TaskRun:
         before = self._cost()
         smaller: Any = nullcontext("nothing")
         if mode is not None:
-            smaller = changed(
-                self.host,
-                mode,
-                scores,
-                adapter=self.adapter,
-                component=row["component"],
-                forward=lambda: self.probe.workload()(),
-            )
+            options: Any = {"adapter": self.adapter, "component": row["component"]}
+            options["forward"] = lambda: self.probe.workload()()
+            smaller = changed(self.host, mode, scores, **options)
         with smaller as change:
             after, metrics = self._cost(), self._metrics(row["name"])
         # Once more, so that what else the machine did meanwhile shows in the range of the times.
@@ -385,47 +360,40 @@ class _TaskRun:
         measured = {"metrics": metrics, "before": before, "after": after}
         self.store.append({**row, "change": change, "skipped_layers": skipped, **measured})
 
-    def _mode(self, row: Mapping[str, Any]) -> tuple[PruneConfig | None, Any]:
-        """Returns how the model becomes that of a row, None if no layer goes, and the scores."""
+    def _mode(self, row: Mapping[str, Any]) -> tuple[PruneConfig, Any]:
+        """Returns how the model becomes that of a row, and the scores."""
         config, component = self.config, row["component"]
         # The only component of a decoder that is not BAGEL's is its und.
         own: dict[str, Any] = {"component": component if component in FFN_NAMES else "und"}
         if row["axis"] == Axis.DEPTH:
             layers = self._skipped(component, row["keep_ratio"])
-            skip = SkipLayersConfig(**own, layers=layers, part=config.part) if layers else None
-            return skip, None
+            return SkipLayersConfig(**own, layers=layers, part=config.part), None
         own |= {"layers": config.layers, "budget": config.budget, "keep_ratio": row["keep_ratio"]}
         if row["axis"] == Axis.HEADS:
             return PruneHeadsConfig(**own), None
-        if self.scores is None:
-            task = self.probe.task
-            has_task = self.statistics is not None and task in self.statistics.tasks
-            self.scores = score(
-                config.criterion,
-                self.adapter,
-                self.statistics,
-                tasks=[task] if has_task else None,
-                components=self.components,
-                seed=config.seed,
-            )
         return PruneWidthConfig(**own, block_size=config.block_size), self.scores[component]
 
-    def _skipped(self, component: str, keep_ratio: float) -> tuple[int, ...]:
-        """Returns the layers that go: the most redundant ones, or random ones.
+    @cached_property
+    def scores(self) -> Mapping[str, Any]:
+        """Of the dense model: asked for before the first point along width."""
+        task, statistics = self.probe.task, self.statistics
+        tasks = [task] if statistics is not None and task in statistics.tasks else None
+        how: Any = {"tasks": tasks, "components": self.components, "seed": self.config.seed}
+        return score(self.config.criterion, self.adapter, statistics, **how)
 
-        Of N layers that may go, max(1, round(keep_ratio * N)) stay.
-        """
+    def _skipped(self, component: str, keep_ratio: float) -> tuple[int, ...]:
+        """Returns the layers that go: the most redundant ones, or as many random ones."""
+        found = self.similarity.left_out(component, keep_ratio, self.config.part, self.layers)
         if self.config.criterion == "random":
             legal = list(self.similarity.cosines(component, layers=self.layers))
-            count = len(legal) - max(1, round(keep_ratio * len(legal)))
             generator = torch.Generator().manual_seed(self.config.seed)
             order = torch.randperm(len(legal), generator=generator).tolist()
-            return tuple(sorted(legal[i] for i in order[:count]))
-        return self.similarity.left_out(component, keep_ratio, self.config.part, self.layers)
+            found = tuple(sorted(legal[i] for i in order[: len(found)]))
+        return found
 
     def _cost(self) -> dict[str, Any]:
-        model, repeats = as_module(self.host), self.config.repeats
-        return asdict(measure_cost(model, self.probe.workload, repeats=repeats))
+        repeats = self.config.repeats
+        return asdict(measure_cost(as_module(self.host), self.probe.workload, repeats=repeats))
 
     def _metrics(self, name: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -458,18 +426,15 @@ def _settings(run: Mapping[str, Any]) -> str:
     swept = run["sweep"]
     lines = [f"Width by {swept['criterion']}, layers {swept['layers']}, seed {swept['seed']}."]
     for task, own in run["tasks"].items():
-        given = own.get("settings")
-        if given:
+        if given := own.get("settings"):
             source = "from a file" if task in run.get("statistics", {}) else "of these samples"
-            lines.append(
-                f"{task}: {len(own['samples'])} samples ({settings_in_words(given)}); "
-                f"statistics {source}."
-            )
+            samples = f"{len(own['samples'])} samples ({settings_in_words(given)})"
+            lines.append(f"{task}: {samples}; statistics {source}.")
     return "\n".join(lines)
 
 
-def _rows(found: Mapping[str, Any]) -> list[list[object]]:
-    """Returns the table of a task, headings first and the dense model second."""
+def _table(found: Mapping[str, Any]) -> str:
+    """Returns the table of a task, the dense model first."""
     names, dense = list(found["better"]), found["cost"]
     rows: list[list[object]] = [
         ["component", "axis", "kept", "change", *names, "parameters", "GFLOPs", "ms", "memory"],
@@ -481,7 +446,7 @@ def _rows(found: Mapping[str, Any]) -> list[list[object]]:
         costs[2] += _speedup(row)
         kept, metrics = f"{row['keep_ratio']:g}", [f"{row['metrics'][n]:.4g}" for n in names]
         rows.append([row["component"], row["axis"], kept, row["change"], *metrics, *costs])
-    return rows
+    return format_table(rows, header=True)
 
 
 def _speedup(row: Mapping[str, Any]) -> str:

@@ -43,28 +43,18 @@ def backend_of(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A property under some parameters.
-
-    Args:
-        function, parameters: what to call, besides the device.
-        backends: where it holds.
-        is_small: seconds on a CPU, and enough for a sanitizer.
-    """
+    """A property under some parameters, and the backends where it holds."""
 
     function: Callable[..., Mapping[str, Any] | None]
     parameters: Mapping[str, Any]
     backends: tuple[str, ...]
-    is_small: bool
+    is_small: bool  # seconds on a CPU, and enough for a sanitizer
 
     def __call__(self, device: torch.device) -> dict[str, Any]:
-        """Runs with random numbers of its own.
+        """Runs with random numbers of its own; `Skip` where the device cannot be asked this.
 
-        Returns:
-            "error", the largest relative one that was compared, and what the function returns.
-
-        Raises:
-            Skip: the device cannot be asked this.
-            AssertionError: the property does not hold.
+        Returns "error", the largest relative one that was compared, and what the function returns;
+        AssertionError if the property does not hold.
         """
         torch.manual_seed(0)
         _errors[:] = [0.0]
@@ -91,10 +81,7 @@ def check(
 ) -> Callable[[_Function], _Function]:
     """Registers a function of the device, once for each set of further parameters.
 
-    Args:
-        parameters: of each check; one without any by default.
-        on: the backends, or a function of the parameters.
-        small: whether it is `is_small`, or a function of the parameters.
+    `on` are the backends, `small` whether it is `is_small`; or functions of the parameters.
     """
 
     def register(function: _Function) -> _Function:
@@ -130,18 +117,8 @@ def all_checks(backend: str | None = None) -> dict[str, Check]:
 # In a process of their own, which a fault may end
 
 
-def work(
-    device: str,
-    names: Sequence[str],
-    more: Mapping[str, Callable[[torch.device], dict[str, Any]]] | None = None,
-) -> None:
-    """Runs checks by name in this process; a line of JSON before and after each.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-        names: of the checks, in order.
-        more: what else has a name.
-    """
+def work(device: str, names: Sequence[str], more: Mapping[str, Any] | None = None) -> None:
+    """Runs checks, or what `more` names, in this process; a line of JSON before and after each."""
     checks: dict[str, Callable[[torch.device], dict[str, Any]]] = {**all_checks(), **(more or {})}
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     for name in names:

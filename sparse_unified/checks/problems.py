@@ -336,10 +336,18 @@ def assert_gradients(
     for position, (gradient, expected) in enumerate(zip(own, exact, strict=True)):
         assert gradient.shape == expected.shape
         assert gradient.dtype == dtypes[position]
-        error = (gradient.double() - expected).norm()
-        note_error((error / expected.norm().clamp_min(1e-30)).item())
-        allowed = 16 * torch.finfo(dtype).eps * expected.norm()
-        assert error <= allowed, f"gradient {position} is off by {error:.3g}, allowed {allowed:.3g}"
+        assert_near(f"gradient {position}", gradient, expected, dtype, 16)
+
+
+def assert_near(
+    name: str, out: Tensor, exact: Tensor, dtype: torch.dtype, roundings: int = 4
+) -> None:
+    """Relative error below some roundings of the dtype; the tensors may be on two devices."""
+    wide = exact.double().to(out.device)
+    error, size = (out.double() - wide).norm(), wide.norm()
+    note_error((error / size.clamp_min(1e-30)).item())
+    allowed = roundings * torch.finfo(dtype).eps * size
+    assert error <= allowed, f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
 
 
 def doubles(*tensors: Tensor) -> list[Tensor]:

@@ -95,7 +95,7 @@ def run_convert(options: argparse.Namespace) -> Report:
         check_target(options.out, options.dense, options.stats)
         with naming(f"--stats: {options.stats}"):
             statistics = FfnStatistics.load(options.stats)
-            statistics.check_checkpoint(Checkpoint(options.dense), options.component)
+            statistics.check(Checkpoint(options.dense), options.component)
             kept = statistics.inputs(options.component)
         inputs = {key: x for key, x in kept.items() if isinstance(key, int)}
     with show_progress(options, "converting") as progress:

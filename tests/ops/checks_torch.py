@@ -18,7 +18,7 @@ from sparse_unified.bagel import Bagel, Execution, SamplingConfig
 from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, sample_latents
 from sparse_unified.checks import CPU, CUDA, check
-from sparse_unified.checks.kernels import assert_near, block_on, twin
+from sparse_unified.checks.kernels import block_on, twin
 from sparse_unified.checks.problems import (
     ARGUMENTS,
     FLOATS,
@@ -26,6 +26,7 @@ from sparse_unified.checks.problems import (
     OPS,
     Values,
     assert_equal,
+    assert_near,
     call,
     grid,
     grouped_problem,
