@@ -324,13 +324,20 @@ def bagel_probe(
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
 ) -> Probe:
-    """Returns the probe of one task, with more evaluators by name.
+    """Returns the probe of one task.
 
     Generation and editing are measured by the distance of whole generations to those of the dense
     model, and where every sample has its held-out image by the velocity error too; understanding
     by the agreement of text. The forward whose cost is measured is one velocity, without guidance,
     at the size of the first sample; of understanding, the reading of the first question with its
     images.
+
+    Args:
+        pipeline: the model.
+        task: which of the three.
+        samples: what it is run on.
+        settings: size, steps, length of answers.
+        evaluators: more of them, by name.
     """
     settings = settings or Settings()
     measures: dict[str, Evaluator]

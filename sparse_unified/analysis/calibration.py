@@ -216,6 +216,7 @@ def collect(
     Args:
         model: a model or pipeline.
         task: under which name the statistics are kept.
+        config: what is counted.
         components: None is all that the adapter names.
         adapter: None finds one.
     """
@@ -253,8 +254,10 @@ def calibrate(
         samples: `Sample`s; with `run`, whatever it takes, one after the other. Those have their
             number as name, so that statistics of two such runs do not merge.
         run: what to do with a sample, for models that are no BAGEL pipeline.
-        settings: of the built-in runs.
+        settings: of the built-in runs: size, steps, length of answers.
+        config: what is counted.
         components: None is all of them.
+        progress: called with the number of finished samples and of all.
 
     Raises:
         ValueError: there are no samples, the task or model is none that can be run, no adapter

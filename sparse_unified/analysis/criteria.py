@@ -134,8 +134,10 @@ def save_scores(
     The file says where they come from; `convert` and `prune` refuse those of another model.
 
     Args:
-        path: one that is there is replaced.
-        scores, criterion, statistics: of `score`.
+        path: of the file; one that is there is replaced.
+        scores: of `score`.
+        criterion: what they are.
+        statistics: they are computed from.
         model: they are of; None takes the hashes of the statistics.
         similarity: of the layers, by which `prune --axis depth --keep-ratio` chooses.
 
@@ -302,7 +304,11 @@ def measure_similarity(
         print(measured.result().to_text())
 
     Layers that skip a part are left out. Costs a few reads of the residual stream; sums stay on the
-    device until `result()`. The model may be a pipeline or an adapter; `components` None is all.
+    device until `result()`.
+
+    Args:
+        model: a model, a pipeline, or an adapter.
+        components: to measure; None is all.
     """
     adapter, measurement = find_adapter(model), Measurement()
     with ExitStack() as hooks:

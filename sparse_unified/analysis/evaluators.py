@@ -31,11 +31,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def evaluator(**better: str) -> Callable[[F], F]:
-    """Declares a function as an evaluator by its metrics, each "lower" or "higher".
+    """Declares a function as an evaluator.
 
-    @evaluator(loss="lower")
-    def loss(model):
-        return {"loss": float(model(input_ids=ids, labels=ids).loss)}
+        @evaluator(loss="lower")
+        def loss(model):
+            return {"loss": float(model(input_ids=ids, labels=ids).loss)}
+
+    Args:
+        better: its metrics, each "lower" or "higher".
     """
 
     def declare(function: F) -> F:
@@ -161,7 +164,13 @@ class Cost:
 
 
 def measure_cost(model: nn.Module, workload: Workload, *, repeats: int = 5) -> Cost:
-    """Measures a model, every tensor once, at work: `repeats` timed forwards, after two others."""
+    """Measures a model at work.
+
+    Args:
+        model: its weights count, every tensor once.
+        workload: sets the forward up.
+        repeats: timed forwards, after two that are not.
+    """
     weights = [*model.parameters(), *model.buffers()]
     weight_bytes = sum(weight.nbytes for weight in weights)
     seconds, wait = [], lambda: None

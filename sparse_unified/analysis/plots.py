@@ -45,7 +45,12 @@ STYLE = {
 
 
 def write_plots(result: SweepResult, folder: StrPath) -> list[Path]:
-    """Draws everything that a sweep has shown into PNG files of a folder, and returns these."""
+    """Draws everything that a sweep has shown into PNG files, and returns these.
+
+    Args:
+        result: of `run_sweep`.
+        folder: made if it is not there.
+    """
     Path(folder).mkdir(exist_ok=True)
     written = []
     with optional("matplotlib", "plot").rc_context(STYLE):

@@ -90,9 +90,12 @@ def built_in_samples(
     """Returns samples that come with the package; they are always the same.
 
     Args:
-        count, seed: see `read_samples`.
+        task: for which.
+        count: see `read_samples`.
+        seed: see `read_samples`.
         folder: where the images to edit are put; of editing only. It has to stay for as long as
             the samples are used.
+
     """
     if task is not Task.EDITING:
         prompts = GENERATION_PROMPTS if task is Task.GENERATION else UNDERSTANDING_PROMPTS

@@ -155,8 +155,11 @@ class VisionConfig:
     @classmethod
     @context("vit_config.json")
     def from_json(cls, source: Mapping[str, Any], *, num_hidden_layers: int) -> VisionConfig:
-        """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers,
-        or one less than it names, as official files do: BAGEL drops the last one."""
+        """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers.
+
+        Official files name one layer more than they hold (BAGEL drops the last one), so both the
+        number of layers held and that number plus one are accepted.
+        """
         held = num_hidden_layers
         stated = source.get("num_hidden_layers", held)
         rule = f"num_hidden_layers must be {held} or {held + 1} for weights of {held} layers"

@@ -389,8 +389,12 @@ class BagelPipeline:
 
     @context("push_to_hub")
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes, with options of the function `push_to_hub`, and
-        returns its address."""
+        """Uploads what `save_pretrained` writes, and returns its address.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            options: of `sparse_unified.bagel.push_to_hub`, such as `private` and `base_model`.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(f"{folder}/model")
             return push_to_hub(f"{folder}/model", repo_id, **options)
@@ -430,8 +434,9 @@ class BagelPipeline:
             think_temperature: draw the plan at this temperature; without it, the likeliest tokens.
             batch_size: most images of one setting computed together, which bounds memory (default
                 all)
-            tiled: decode images in tiles of 576 x 576 pixels, in less memory; pixels differ a
-                little. Done anyway, with a warning, where decoding at once runs out of memory.
+            tiled: decode images in tiles of 576 x 576 pixels, in less memory than at once; pixels
+                differ a little. Done anyway, with a warning in the log, where
+                decoding at once runs out of memory.
             progress: show a bar, or a function that is called with steps done and in all.
             preview: called after each step with the number of each prompt and its image as it is
                 expected from there, with sides of up to 256 pixels; not in the seconds of a step.

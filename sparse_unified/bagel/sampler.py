@@ -50,9 +50,15 @@ _MAX_TIMESTEPS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """The KV caches of one image: what it is generated from, and the unconditional branches."""
+    """The KV caches of one image: of all it is generated from, and of the unconditional branches.
 
-    full: KVCache  # images and prompt
+    Attributes:
+        full: images and prompt.
+        without_text: images alone.
+        without_image: prompt alone.
+    """
+
+    full: KVCache
     without_text: KVCache
     without_image: KVCache
 

@@ -141,6 +141,10 @@ def _decoder(config: VAEConfig, **factory: Any) -> nn.Sequential:
 class AutoEncoder(nn.Module):
     """Pixels to scaled latents and back. The latent is the posterior mean: encoding is repeatable.
 
+    Args:
+        config: what it is made of.
+        factory: device and dtype of the parameters.
+
     Source: the autoencoder of FLUX as BAGEL uses it, which samples from the posterior instead.
     """
 

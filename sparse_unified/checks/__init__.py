@@ -81,7 +81,10 @@ def check(
 ) -> Callable[[_Function], _Function]:
     """Registers a function of the device, once for each set of further parameters.
 
-    `on` are the backends, `small` whether it is `is_small`; or functions of the parameters.
+    Args:
+        parameters: of each check; one without any by default.
+        on: the backends, or a function of the parameters.
+        small: whether it is `is_small`, or a function of the parameters.
     """
 
     def register(function: _Function) -> _Function:

@@ -140,12 +140,13 @@ class SparseMoE(OfficialState):
 
     @property
     def active_backend(self) -> str:
-        """What runs this block, under autocast where it is asked there.
+        """What runs this block.
 
         "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours),
-        "cuda, scaled_grouped_mm" (those in fp8), or "torch: <why>" (torch ops). "cuda: without
-        sm90a: <why>" where `doctor` found one of the kernel families wrong. Where `tune` found
-        another one faster for some numbers of tokens, that one runs those.
+        "cuda, scaled_grouped_mm" (those in fp8), or "torch: <why>" (torch ops). Asked under
+        autocast, what runs it there. "cuda: without sm90a: <why>" where `doctor` found one of the
+        kernel families wrong. Where `tune` found another one faster for some numbers of tokens,
+        that one runs those.
         """
         active = self._choose(self.gate_proj)[1]
         note = choices.note(self.gate_proj.device) if active in KERNELS else ""
@@ -184,11 +185,12 @@ class SparseMoE(OfficialState):
             x: tokens [..., D], dtype and device of the weights. Under autocast any dtype; fp32
                 weights that no kernel takes are then cast for the call. Routers may have a dtype
                 of their own.
-            packed_text_indexes, packed_vit_token_indexes: flat indices [n] int64 or int32 of text
-                and ViT tokens, which *und* blocks route by `gate_img`; others ignore both. With ViT
-                indices alone, all tokens are ViT tokens.
+            packed_text_indexes: flat indices of text tokens, [n] int64 or int32; *und* blocks
+                only, others ignore both.
+            packed_vit_token_indexes: flat indices of ViT tokens, [n] int64 or int32; *und* blocks
+                route these by `gate_img`. With ViT indices alone, all tokens are ViT tokens.
             times: of denoising, from 0 (a finished image) to 1 (noise), fp32 [T], or [1] of all
-                tokens; blocks without `gate_time` ignore it.
+                tokens; blocks with `gate_time` only, others ignore it.
 
         Returns:
             y [..., D] and router_logits [T, E] fp32 (T tokens in all), or y alone when
@@ -240,7 +242,10 @@ class SparseMoE(OfficialState):
 
     @torch.no_grad()
     def dense(self, x: Tensor) -> Tensor:
-        """The dense FFN that the experts are cut from: x [..., D] -> [..., D], without a graph."""
+        """Returns what the dense FFN gives that the experts are cut from: all of them at weight 1.
+
+        x [..., D] -> [..., D], both of the dtype of the weights; without a graph.
+        """
         return _swiglu(x, *self.plain_weights())
 
     def _route(
@@ -328,7 +333,10 @@ class SparseMoE(OfficialState):
     def official_views(self) -> dict[str, Tensor]:
         """Names every tensor of the official layout -> view of the storage, routers included.
 
-        Copying into the views loads the block. ValueError for weights stored in fewer bits.
+        Copying into the views loads the block.
+
+        Raises:
+            ValueError: the weights are stored in fewer bits, which has no views.
         """
         if is_packed(self.gate_proj):
             raise ValueError(

@@ -99,12 +99,19 @@ class BlockNames(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A family of models, described by names."""
+    """A family of models, described by names.
 
-    name: str  # for messages
-    paths: tuple[str, ...] = LAYER_PATHS  # to the decoder layers, from the model or its holder
+    Attributes:
+        name: of the family, for messages.
+        paths: where the list of decoder layers may be, from the model or from what holds it.
+        components: component -> what a layer calls its modules.
+        experts, shared_experts: what a mixture calls its experts, should an FFN be one.
+    """
+
+    name: str
+    paths: tuple[str, ...] = LAYER_PATHS
     components: Mapping[str, BlockNames]
-    experts: str = "experts"  # of a mixture, should an FFN be one
+    experts: str = "experts"
     shared_experts: tuple[str, ...] = ("shared_experts", "shared_expert")
 
 

@@ -86,7 +86,7 @@ def add_lora_(
     """Adds adapters to a live model, in place, and freezes all else.
 
     W becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero, of each target
-    weight [out, in] and of each expert, so outputs stay the same at first.
+    weight [out, in] and of each expert; outputs stay the same at first.
 
     Args:
         model: a module with decoder layers as `apply_moe_` takes, or a pipeline of one; of weights
@@ -98,10 +98,12 @@ def add_lora_(
         seed: of what A is drawn from.
 
     Returns:
-        a `peft.LoraConfig`, whose `target_modules` are in the official code's names.
+        the configuration, a `peft.LoraConfig`; its `target_modules` are in the official code's
+        names.
 
     Raises:
-        ValueError: a value is out of range, or the model, which is as before, lacks a target.
+        ValueError: a value is out of range, or the model has no weights of a target; it is as
+            before.
         ImportError: peft is not installed.
 
     Example:
@@ -305,7 +307,8 @@ def load_lora_(model: object, directory: StrPath) -> list[str]:
         the official keys of the weights that were changed.
 
     Raises:
-        ValueError: a file is damaged, no plain LoRA, or not of this model; which is as before.
+        ValueError: a file is missing or damaged, is no plain LoRA, or not of this model; which is
+            as before.
 
     Example:
         >>> load_lora_(pipeline, "tuned-lora")  # doctest: +SKIP

@@ -50,7 +50,7 @@ def apply_moe_(
     projection, hooks, and accelerate's patched forward; weights that accelerate keeps outside of
     the device stay on the CPU. Neurons are permuted, nothing is rounded; with routers that start at
     zero and top_k = num_experts the output is the dense one. Adapters of peft on the projections
-    are merged into the experts.
+    are merged into what becomes the experts; those elsewhere stay as they are.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
     the dense parameters and have to be made anew.
@@ -63,8 +63,9 @@ def apply_moe_(
             a scores file, of this model as it is if `calibrate` wrote it. Without scores, neurons
             are ranked by weight magnitude.
         inputs: what the FFNs were given on calibration tokens, float `{layer: [N, D]}` of at least
-            the selected layers, or a mapping of components to that, N >= 8; for the partition
-            "coactivation" and router_init "activation", and only then.
+            the selected layers, or a mapping of components to that, N >= 8; given exactly where
+            config has the partition "coactivation" or router_init "activation". See
+            `FfnStatistics.inputs`.
         keep_dense: keep the replaced modules for `restore_`: their weights, as many bytes as the
             experts have, stay in memory where they are. Otherwise they are freed at the end.
 
@@ -119,8 +120,8 @@ def load_moe_(
 
     The file says which layers of which components, how many experts and how wide; llm_config.json
     gives top_k and has to agree with the keys. Weights become the dtype and go to the device of
-    the FFN they replace, one tensor at a time. All else is as in `apply_moe_`. Other weights of the
-    checkpoint, of a tuned attention, say, are not loaded.
+    the FFN they replace, one tensor at a time. All else is as in `apply_moe_`. Only sparse FFNs are
+    loaded: a checkpoint whose attention was tuned too needs its other weights loaded as well.
 
     Args:
         model: a module or pipeline whose FFNs are dense.

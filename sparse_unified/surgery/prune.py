@@ -60,10 +60,10 @@ def prune_width_(
 ) -> SurgeryReport:
     """Leaves the neurons with the highest scores in the FFNs of one component, in place.
 
-    The weights of a FFN become shorter and keep the order of their neurons; modules stay the same
-    objects. FFNs are found as in `apply_moe_`, which takes the result; see `keep_units` for what a
-    budget means. Of a sparse FFN every routed expert keeps as many neurons, see `keep_in_experts`;
-    its scores are in expert order, the shared expert first.
+    The three weights of a FFN become shorter and keep the order of their neurons. The modules stay
+    the same objects. FFNs are found as in `apply_moe_`, which takes the result; see `keep_units`
+    for what a budget means. Of a sparse FFN every routed expert keeps as many neurons, see
+    `keep_in_experts`; its scores are in expert order, the shared expert first.
 
     Args:
         model: a module or pipeline.
