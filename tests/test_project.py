@@ -406,4 +406,4 @@ def test_kernels_do_not_spill_and_hopper_s_use_its_instructions() -> None:
         assert {"wgmma", "TMA load"} <= instructions.keys(), kernel
         shares_weights = kernel.endswith(", 2> >")
         assert ("of them multicast" in instructions) == shares_weights, kernel
-    assert sum(kernel.endswith(", 2> >") for kernel in gemms) == 5
+    assert sum(kernel.endswith(", 2> >") for kernel in gemms) == 7

@@ -300,7 +300,7 @@ def offload_like(module: nn.Module, other: nn.Module) -> None:
 
 def _move_patch(source: nn.Module, target: nn.Module) -> None:
     at, to = vars(source), vars(target)
-    patched = at.get("forward")
+    patched: Any = at.get("forward")
     # A hook that brings the weights of a module knows their names and stays with it.
     hooks, own = list(hooks_of(source)), list(hooks_of(target))
     staying = [hook for hook in hooks if getattr(hook, "offload", False)]
