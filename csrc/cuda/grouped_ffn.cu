@@ -34,9 +34,8 @@ GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, const DeviceInf
           .expert_width = params.expert_width,
           .block_size = params.blocks.kept_blocks == nullptr ? 0 : params.blocks.block_size,
           .is_backward = is_backward,
-          // NOTE: boxes of 64 rows of down_proj must not reach into the next expert's.
-          .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled() &&
-                            (params.spacing.down_rows == 0 || params.x.columns % 64 == 0)};
+          .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled(),
+          .down_rows = params.spacing.down_rows};
 }
 
 // Of one intermediate matrix, [rows, h] elements of 16 bits; the kernels for Hopper pad the rows.

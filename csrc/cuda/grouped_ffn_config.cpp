@@ -259,6 +259,12 @@ std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const De
     return "expert_width must be a multiple of 16 for family=sm90a, got " +
            std::to_string(problem.expert_width);
   }
+  // NOTE: boxes of 64 rows of down_proj must not reach into the next expert's.
+  if (problem.down_rows != 0 && problem.hidden_size % 64 != 0) {
+    return "hidden_size must be a multiple of 64 for family=sm90a and weights with a dimension of "
+           "experts, got " +
+           std::to_string(problem.hidden_size);
+  }
   return "";
 }
 

@@ -24,6 +24,7 @@ from sparse_unified.checks.problems import (
     call,
     grouped_problem,
     grouped_values,
+    of_experts,
     pruned_problem,
 )
 from sparse_unified.nn import SparseMoE
@@ -159,6 +160,28 @@ def test_the_edges_of_tiles(
 ) -> None:
     use(kernels)
     assert_results(problem_of((CASES if kernels in SM80 else HOPPER_CASES)[case], dtype), dtype)
+
+
+@pytest.mark.parametrize("layout", ["halves", "apart", "uneven"])
+@pytest.mark.parametrize("kernels", SM90A)
+def test_experts_may_lie_anywhere_on_hopper(
+    kernels: str, layout: str, use: Callable[[str], None]
+) -> None:
+    """Weights with a dimension of experts give the bits of packed ones, gradients too."""
+    problem = grouped_problem(300, 320, 3, 80, 2, torch.bfloat16, "gaps")
+    other = Problem(problem.op, of_experts(problem.values, layout))
+    use(kernels)
+    with recorded() as launches:
+        other.call()
+    assert "up_sm90a" in launches[0]
+    (own, *packed), (y, *gradients) = results(problem), results(other)
+    assert torch.equal(y, own)
+    values = of_experts(problem.values | dict(zip(problem.floats, packed, strict=True)), "")
+    for name, gradient in zip(other.floats, gradients, strict=True):
+        assert torch.equal(gradient, values[name]), name
+    narrow = grouped_problem(300, 136, 3, 80, 2, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="hidden_size must be a multiple of 64 .*, got 136"):
+        Problem(narrow.op, of_experts(narrow.values, "apart")).call()
 
 
 def problems_of(variant: str, dtype: torch.dtype, *, backward: bool = False) -> list[Problem]:

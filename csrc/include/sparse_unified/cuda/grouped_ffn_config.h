@@ -21,6 +21,7 @@ struct GroupedFfnProblem {
   int64_t block_size;    // neurons of a kept block; 0 without a list of blocks
   bool is_backward;      //
   bool has_sm90a_code;   // the library holds kernels for Hopper
+  int64_t down_rows{};   // of ExpertSpacing
 };
 
 // The GEMMs of forward and backward.
