@@ -14,8 +14,8 @@ from refusals import refused
 from torch import nn
 
 from sparse_unified.adapt import RunConfig, SequenceConfig, Trainer, TrainingConfig, freeze
-from sparse_unified.adapt.collapse import judge_routers
 from sparse_unified.adapt.data import data_index, sequence_generator
+from sparse_unified.adapt.run import judge_routers
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import Segment, pack_training, training_forward
 from sparse_unified.bagel.model import distillation_loss, router_losses
