@@ -328,7 +328,7 @@ def _in_words() -> Iterator[None]:
         raise RuntimeError(f"{name} must be writable, got {error.strerror or error}") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            # Where it ends while it is waited for, only the cause says by which signal.
+            # Where torch's handler of signals saw it end, only the cause says by which one.
             reason = str(error.__cause__ or "").strip() or str(error).strip()
             raise RuntimeError(
                 "loader workers (--workers) must run on, got one that has ended: "
