@@ -49,6 +49,9 @@ def dataset_of(
     return ImageDataset(open_records(data), pipeline, RunConfig(**options), cache)
 
 
+SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
+
+
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
@@ -222,13 +225,12 @@ def test_a_choice_that_leaves_nothing_is_refused(pipeline: BagelPipeline, tmp_pa
 
 
 def test_conditions_are_left_out_as_often_as_asked_and_change_no_other_draw() -> None:
-    special = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
     source = ContextImage(latent=torch.zeros(1, 2, 2), vit_pixels=torch.zeros(3, 2, 2))
 
     def drawn(draws: torch.Generator, **dropout: float) -> Any:
         config = SequenceConfig(**dropout)
         image = torch.zeros(1, 2, 2)
-        return generation_sequence(special, [7], image, draws, config, sources=[source])
+        return generation_sequence(SPECIAL, [7], image, draws, config, sources=[source])
 
     draws = torch.Generator().manual_seed(0)
     counts = {TextSegment: 0, VitSegment: 0, LatentSegment: 0}
@@ -247,12 +249,10 @@ def test_conditions_are_left_out_as_often_as_asked_and_change_no_other_draw() ->
 
 
 def test_times_are_sigmoids_of_normal_numbers_shifted() -> None:
-    special = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
-
     def times(shift: float) -> Tensor:
         draws, config = torch.Generator().manual_seed(0), SequenceConfig(timestep_shift=shift)
         images: list[Any] = [
-            generation_sequence(special, [7], torch.zeros(1, 2, 2), draws, config)[-1]
+            generation_sequence(SPECIAL, [7], torch.zeros(1, 2, 2), draws, config)[-1]
             for _ in range(4000)
         ]
         return torch.tensor([image.time for image in images], dtype=torch.float64)

@@ -175,24 +175,15 @@ def run_generate(options: argparse.Namespace) -> Output:
     if options.prompts_file is not None:
         prompts += [line for _, line in read_lines(options.prompts_file, "--prompts-file")]
     images: list[Any] = [open_image(path, where="--image") for path in options.image]
-    for is_wrong, rule in (
-        (not prompts, "--prompt or --prompts-file must give a prompt, got none"),
-        (
-            len(prompts) > 1 and len(images) not in (0, 1, len(prompts)),
-            f"--image must be given once or once for each of {len(prompts)} prompts, "
-            f"got {len(images)}",
-        ),
-        (
-            options.task == "image" and images,
-            "--task must be edit or all with --image, got image",
-        ),
-        (
-            options.task != "all" and options.think,
-            f"--task must be all with --think, got {options.task}",
-        ),
-    ):
-        if is_wrong:
-            raise Usage(f"generate: {rule}")
+    if not prompts:
+        raise Usage("generate: --prompt or --prompts-file must give a prompt, got none")
+    if len(prompts) > 1 and len(images) not in (0, 1, len(prompts)):
+        rule = f"must be given once or once for each of {len(prompts)} prompts, got {len(images)}"
+        raise Usage(f"generate: --image {rule}")
+    if options.task == "image" and images:
+        raise Usage("generate: --task must be edit or all with --image, got image")
+    if options.task != "all" and options.think:
+        raise Usage(f"generate: --task must be all with --think, got {options.task}")
     if len(prompts) == 1:
         images = [images] if images else []
     elif len(images) == 1:
