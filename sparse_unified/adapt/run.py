@@ -149,8 +149,8 @@ def adapt(
         log, trackers = None, []
         if is_first:
             log = stack.enter_context(_open_log(running / LOG, resumed_from))
-            values = options_of(config, run).items()
-            plain = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values}
+            stated = options_of(config, run).items()
+            plain = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in stated}
             for name, kind in _tracker_kinds(run.report_to).items():
                 trackers.append(_tracker(name, kind, running, out, resumed_from))
                 stack.callback(trackers[-1].finish)
