@@ -56,7 +56,6 @@ _STEP_SIZE = ("learning_rate", "min_learning_rate", "max_grad_norm")
 _log = logging.getLogger(__name__)
 
 
-@context(WHAT)
 def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> None:
     """Writes the state of a run; every process writes its part.
 
@@ -64,8 +63,9 @@ def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any
     """
     import torch.distributed.checkpoint as dcp
 
-    for key, shard in optimizer.state.items():
-        _refuse_not_finite(shard, key)
+    with context(WHAT):
+        for key, shard in optimizer.state.items():
+            _refuse_not_finite(shard, key)
     parts, files_of, num_bytes = _parts(optimizer), {}, 0
     for key, shard in optimizer.state.items():
         files_of[key] = 1 + num_bytes // _FILE_BYTES
