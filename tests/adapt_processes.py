@@ -24,8 +24,9 @@ import torch.distributed as dist
 from adapt_models import FRESH, losses, trainer
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from sparse_unified.adapt import run, saving
+from sparse_unified.adapt import run
 from sparse_unified.adapt import trainer as training
+from sparse_unified.adapt.optimizer import Optimizer
 from sparse_unified.cli import main as command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -108,7 +109,7 @@ def plant(what: str, when: str) -> None:
         later(HuggingFaceStorageWriter, "write_data", 1, strike)
 
     def while_gathering() -> None:
-        later(saving, "gather", 3, strike)
+        later(Optimizer, "whole", 3, strike)
 
     if when == "step" and what == "full":
         later(training.StepRecord, "to_dict", 2, strike)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparse_unified.adapt import RunConfig, SequenceConfig
 from sparse_unified.adapt import records as adapt_records
-from sparse_unified.adapt.data import ImageDataset, ImageStream, draw_time, generation_sequence
+from sparse_unified.adapt.data import ImageDataset, ImageStream, generation_sequence
 from sparse_unified.adapt.records import open_records, open_stream
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel import BagelPipeline
@@ -47,6 +47,9 @@ def dataset_of(
     pipeline: BagelPipeline, data: Path, cache: Path | None = None, **options: Any
 ) -> ImageDataset:
     return ImageDataset(open_records(data), pipeline, RunConfig(**options), cache)
+
+
+SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -222,13 +225,12 @@ def test_a_choice_that_leaves_nothing_is_refused(pipeline: BagelPipeline, tmp_pa
 
 
 def test_conditions_are_left_out_as_often_as_asked_and_change_no_other_draw() -> None:
-    special = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
     source = ContextImage(latent=torch.zeros(1, 2, 2), vit_pixels=torch.zeros(3, 2, 2))
 
     def drawn(draws: torch.Generator, **dropout: float) -> Any:
         config = SequenceConfig(**dropout)
         image = torch.zeros(1, 2, 2)
-        return generation_sequence(special, [7], image, draws, config, sources=[source])
+        return generation_sequence(SPECIAL, [7], image, draws, config, sources=[source])
 
     draws = torch.Generator().manual_seed(0)
     counts = {TextSegment: 0, VitSegment: 0, LatentSegment: 0}
@@ -247,14 +249,19 @@ def test_conditions_are_left_out_as_often_as_asked_and_change_no_other_draw() ->
 
 
 def test_times_are_sigmoids_of_normal_numbers_shifted() -> None:
-    draws = torch.Generator().manual_seed(0)
-    times = torch.tensor([draw_time(draws) for _ in range(4000)], dtype=torch.float64)
-    normal = torch.special.logit(times)
+    def times(shift: float) -> Tensor:
+        draws, config = torch.Generator().manual_seed(0), SequenceConfig(timestep_shift=shift)
+        images: list[Any] = [
+            generation_sequence(SPECIAL, [7], torch.zeros(1, 2, 2), draws, config)[-1]
+            for _ in range(4000)
+        ]
+        return torch.tensor([image.time for image in images], dtype=torch.float64)
+
+    plain = times(1.0)
+    normal = torch.special.logit(plain)
     assert normal.mean().abs() < 4 / 4000**0.5
     assert (normal.std() - 1).abs() < 0.05
-    same = torch.Generator().manual_seed(0)
-    shifted = torch.tensor([draw_time(same, 3.0) for _ in range(4000)], dtype=torch.float64)
-    torch.testing.assert_close(shifted, 3 * times / (1 + 2 * times))
+    torch.testing.assert_close(times(3.0), 3 * plain / (1 + 2 * plain))
 
 
 def streamed(

@@ -167,13 +167,8 @@ def test_the_table_of_the_documentation_is_what_is_computed(case: str) -> None:
 
 
 def test_command_estimates_from_headers_alone(golden: Any, tmp_path: Path, capsys: Any) -> None:
-    arguments = [
-        "adapt",
-        str(golden("t2i_moe")),
-        str(tmp_path / "out"),
-        "--estimate-memory",
-        "--dtype",
-    ]
+    arguments = ["adapt", str(golden("t2i_moe")), str(tmp_path / "out"), "--estimate-memory"]
+    arguments += ["--dtype"]
     assert main([*arguments, "bfloat16", "--batch-size", "2", "--ema", "0.9"]) == 0
     assert "98,624 of 111,936 parameters trained, 1 process, a pass of" in capsys.readouterr().out
     assert main([*arguments, "float32", "--json"]) == 0

@@ -23,7 +23,7 @@ from refusals import refused
 
 from sparse_unified.adapt import RunConfig, Stage, TrainingConfig, adapt
 from sparse_unified.adapt import records as adapt_records
-from sparse_unified.adapt.run import read_log, stage_seed
+from sparse_unified.adapt.run import read_log
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert
@@ -142,7 +142,11 @@ def test_a_run_ends_with_its_loader_worker_and_goes_on_exactly(
         patched.setattr(adapt_records, "open_image", open_or_die)
         run = RunConfig(checkpoint_every=1)
         due = lambda record: is_due.set() if record.step == 2 else None  # noqa: E731
-        rule = r"loader workers \(--workers\) must run on, .* is killed by signal.*--resume"
+        # torch's handler of SIGCHLD names the signal. Where something has replaced the handler, or
+        # reaped the child first, torch looks after its workers every few seconds, and cannot.
+        told = r"DataLoader worker \((pid \d+\) is killed by signal: Killed|"
+        told += r"pid\(s\) [\d, ]+\) exited unexpectedly)"
+        rule = rf"loader workers \(--workers\) must run on, got one .*: {told}.*--resume"
         refused(rule, lambda: tune(root, tmp_path / "out", run, on_step=due), error=RuntimeError)
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "out.training").glob("step-*"))) == 2
@@ -186,43 +190,46 @@ def stopped(root: Path) -> Path:
     return root / "cut.training"
 
 
-def change(running: Path, data: Path, what: str) -> None:
-    """Damages a run with states of two steps, or changes its data."""
-    if what == "tensors":
-        (path,) = (running / "step-2").glob("*.safetensors")
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-    elif what == "name":
-        (running / "step-2").rename(running / "step-3")
-    elif what == "state":
-        (running / "step-3").mkdir()
-    elif what == "log":
-        (running / "log.jsonl").unlink()
-    elif what == "image":
-        (data / "2-image.png").write_bytes(picture(7, 24, 24))
-    else:
-        lines = (data / "records.jsonl").read_text()
-        (data / "records.jsonl").write_text(lines.replace("picture 1", "picture 9"))
+def flip_a_bit(running: Path, _: Path) -> None:
+    (path,) = (running / "step-2").glob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def rename_a_picture(_: Path, data: Path) -> None:
+    lines = (data / "records.jsonl").read_text()
+    (data / "records.jsonl").write_text(lines.replace("picture 1", "picture 9"))
+
+
+OTHER = "records must be that of the run that goes on"
 
 
 @pytest.mark.parametrize(
-    ("what", "rule"),
+    ("change", "rule"),
     [
-        ("tensors", r"must have the checksum .*; remove .*step-2 to go on from .*step-1$"),
-        ("name", r"step-3/training.json: step must be that of step-3, got 2"),
-        ("state", r"step-3/training.json: file must be readable.* go on from .*step-2$"),
-        ("log", r"log.jsonl: log must hold the steps 1 to 2 of the state, got 0"),
-        ("image", r"records must be that of the run that goes on"),
-        ("text", r"records must be that of the run that goes on"),
+        (flip_a_bit, r"must have the checksum .*; remove .*step-2 to go on from .*step-1$"),
+        (
+            lambda running, _: (running / "step-2").rename(running / "step-3"),
+            r"step-3/training.json: step must be that of step-3, got 2",
+        ),
+        (
+            lambda running, _: (running / "step-3").mkdir(),
+            r"step-3/training.json: file must be readable.* go on from .*step-2$",
+        ),
+        (
+            lambda running, _: (running / "log.jsonl").unlink(),
+            r"log.jsonl: log must hold the steps 1 to 2 of the state, got 0",
+        ),
+        (lambda _, data: (data / "2-image.png").write_bytes(picture(7, 24, 24)), OTHER),
+        (rename_a_picture, OTHER),
     ],
 )
 def test_a_damaged_run_and_changed_data_are_not_gone_on_with(
-    what: str, rule: str, stopped: Path, root: Path, tmp_path: Path
+    change: Any, rule: str, stopped: Path, root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "out.training")
     data = shutil.copytree(root / "data", tmp_path / "data")
-    change(tmp_path / "out.training", data, what)
+    change(tmp_path / "out.training", data)
     run = RunConfig(resume=True)
     refused(rule, adapt, root / "model", tmp_path / "out", data, TrainingConfig(**CONFIG), run)
     assert not (tmp_path / "out").exists()
@@ -325,24 +332,6 @@ def test_dry_run_checks_everything_and_writes_nothing(
     assert ["5-image.png" in text for text in facts["damaged"]] == [True]
 
 
-def test_bad_input_is_refused_before_anything_is_written(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start = ["adapt", str(root / "model"), str(tmp_path / "out"), *OPTIONS]
-    data = ["--data", str(root / "data")]
-    for changes, status, rule in (
-        (["--data", str(root / "none")], 1, "--data: .*none must hold .parquet"),
-        ([], 2, "--data must be given, got none"),
-        ([*data, "--micro-batch-size", "3"], 1, "must be a divisor of batch_size"),
-        ([*data, "--device", "nowhere"], 1, "--device: name must be a device"),
-    ):
-        assert main([*start, *changes]) == status
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1
-        assert re.search(rule, message), message
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_run_that_diverges_leaves_its_last_state_and_goes_on_with_smaller_steps(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,14 +375,14 @@ def test_targets_that_exist_or_belong_to_a_run_or_hold_the_input_are_refused(
 def test_stages_see_other_noise_and_held_out_data_is_measured(root: Path, tmp_path: Path) -> None:
     """One --seed in every stage is another order of the data in each."""
     data = ["--data", str(root / "data"), "--eval-data", str(root / "data"), *OPTIONS]
-    held_out = []
+    held_out, seeds, more = [], [], ["--eval-every", "2", "--checkpoint-every", "4"]
     for number, model in enumerate((root / "model", tmp_path / "0")):
         out = str(tmp_path / str(number))
-        assert main(["adapt", str(model), out, *data, "--eval-every", "2"]) == 0
+        assert main(["adapt", str(model), out, *data, *more]) == 0
         steps = read_log(Path(f"{out}.training") / "log.jsonl")
+        state = Path(f"{out}.training") / "step-4" / "training.json"
+        seeds.append(json.loads(state.read_text())["config"]["seed"])
         held_out.append([step.get("held_out_loss") for step in steps])
     assert [value is None for value in held_out[0]] == [True, False, True, False]
     assert held_out[1][-1] < held_out[0][1]
-    seeds = [stage_seed(5, Checkpoint(path)) for path in (root / "model", tmp_path / "0")]
-    assert seeds[0] == 5
-    assert seeds[1] != 5
+    assert (seeds[0] == 5, seeds[1] == 5) == (True, False)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -20,6 +21,15 @@ from sparse_unified.nn.expert_state import PROJECTIONS
 from sparse_unified.surgery.lora import LoraTarget, add_lora_
 
 _ABOVE_ZERO = 1e-30
+_set = object.__setattr__  # of a frozen dataclass
+
+
+def _check(config: Any, rule: Callable[..., None], names: str, *limits: float) -> None:
+    """Checks some fields of a config, None where their types have it aside."""
+    optional = {field.name for field in fields(config) if "None" in field.type}
+    for name in names.split():
+        if (value := getattr(config, name)) is not None or name not in optional:
+            rule(name, value, *limits)
 
 
 class Schedule(str, Enum):
@@ -95,40 +105,24 @@ class TrainingConfig:
 
     @context("TrainingConfig")
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
-            check_int(name, getattr(self, name), least)
-        check_int("seed", self.seed, 0, 2**63 - 1)
-        rates = ("learning_rate", "min_learning_rate", "weight_decay")
-        for name in (
-            *rates,
-            "ce_weight",
-            "mse_weight",
-            "balance_weight",
-            "balance_rate",
-            "z_weight",
-            "distill_weight",
-        ):
-            check_number(name, getattr(self, name), 0)
-        check_number("eps", self.eps, _ABOVE_ZERO)
-        if self.eval_every is not None:
-            check_int("eval_every", self.eval_every, 1)
-        if self.max_grad_norm is not None:
-            check_number("max_grad_norm", self.max_grad_norm, _ABOVE_ZERO)
-        if self.ema_decay is not None:
-            check_number("ema_decay", self.ema_decay, 0, 1)
-        object.__setattr__(self, "betas", tuple(self.betas))
+        _check(self, check_int, "steps batch_size micro_batch_size eval_every", 1)
+        _check(self, check_int, "warmup_steps", 0)
+        _check(self, check_int, "seed", 0, 2**63 - 1)
+        _check(self, check_number, "learning_rate min_learning_rate weight_decay balance_rate", 0)
+        _check(self, check_number, "ce_weight mse_weight balance_weight z_weight distill_weight", 0)
+        _check(self, check_number, "eps max_grad_norm", _ABOVE_ZERO)
+        _check(self, check_number, "ema_decay", 0, 1)
+        _set(self, "betas", tuple(self.betas))
         if len(self.betas) != 2:
             raise ValueError(f"betas must be a pair, got {self.betas!r}")
         for beta in self.betas:
             check_number("betas", beta, 0, math.nextafter(1, 0))
-        object.__setattr__(self, "schedule", choice("schedule", Schedule, self.schedule))
-        if self.micro_batch_size is not None:
-            check_int("micro_batch_size", self.micro_batch_size, 1)
-            if self.batch_size % self.micro_batch_size:
-                raise ValueError(
-                    f"micro_batch_size must be a divisor of batch_size = {self.batch_size}, "
-                    f"got {self.micro_batch_size}"
-                )
+        _set(self, "schedule", choice("schedule", Schedule, self.schedule))
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size must be a divisor of batch_size = {self.batch_size}, "
+                f"got {self.micro_batch_size}"
+            )
 
     @property
     def passes(self) -> int:
@@ -164,9 +158,8 @@ class SequenceConfig:
 
     @context("SequenceConfig")
     def __post_init__(self) -> None:
-        check_number("timestep_shift", self.timestep_shift, _ABOVE_ZERO)
-        for name in ("text_dropout", "vit_dropout", "vae_dropout"):
-            check_number(name, getattr(self, name), 0, 1)
+        _check(self, check_number, "timestep_shift", _ABOVE_ZERO)
+        _check(self, check_number, "text_dropout vit_dropout vae_dropout", 0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,34 +206,26 @@ class RunConfig:
     resume: bool = False
     report_to: tuple[str, ...] = ()
     cache_latents: bool = False
-    streaming: bool = False
     eval_data: str | None = None
     max_damaged: int = 10
+    streaming: bool = False
     workers: int = 2
 
     @context("RunConfig")
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stage", choice("stage", Stage, self.stage))
-        if self.tasks is not None:
-            tasks = tuple(choice("tasks", Task, task) for task in self.tasks)
-            object.__setattr__(self, "tasks", tasks)
-        if self.checkpoint_every is not None:
-            check_int("checkpoint_every", self.checkpoint_every, 1)
-        check_int("keep", self.keep, 1)
-        check_int("max_damaged", self.max_damaged, 0)
-        check_int("workers", self.workers, 0)
-        object.__setattr__(self, "report_to", tuple(self.report_to))
-        if self.lora_targets is not None:
-            targets = tuple(choice("lora_targets", LoraTarget, own) for own in self.lora_targets)
-            object.__setattr__(self, "lora_targets", targets)
+        _set(self, "stage", choice("stage", Stage, self.stage))
+        for name, kind in (("tasks", Task), ("lora_targets", LoraTarget)):
+            if (given := getattr(self, name)) is not None:
+                _set(self, name, tuple(choice(name, kind, value) for value in given))
+        _set(self, "report_to", tuple(self.report_to))
+        _check(self, check_int, "checkpoint_every keep lora_rank", 1)
+        _check(self, check_int, "max_damaged workers", 0)
+        _check(self, check_number, "lora_alpha", _ABOVE_ZERO)
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} must come with lora_rank, got {getattr(self, name)}")
             return
-        check_int("lora_rank", self.lora_rank, 1)
-        if self.lora_alpha is not None:
-            check_number("lora_alpha", self.lora_alpha, _ABOVE_ZERO)
         if self.stage is not Stage.EXPERT_FROZEN:
             rule = "stage must be left out with lora_rank, which trains adapters alone"
             raise ValueError(f"{rule}, got {self.stage.value}")

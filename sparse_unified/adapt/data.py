@@ -16,7 +16,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import count, islice, tee
 from pathlib import Path
@@ -59,9 +59,10 @@ _log = logging.getLogger(__name__)
 class _Read:
     """What a loader worker makes of a record, or of the next one that can be read."""
 
-    task: Task | None  # None if no record could be read
-    texts: dict[str, str]
-    images: dict[str, Image]  # resized: for the VAE, as the record names them; `vit` for the ViT
+    task: Task | None = None  # None if no record could be read
+    texts: dict[str, str] = field(default_factory=dict)
+    # Resized: for the VAE, as the record names them; `vit` for the ViT.
+    images: dict[str, Image] = field(default_factory=dict)
     damaged: dict[int, str]  # what is wrong with the records that could not be read
 
 
@@ -69,7 +70,7 @@ class _Read:
 class _Reader:
     """Reads, decodes and resizes records, in the main process or in loader workers."""
 
-    records: Records
+    records: Any
     samples: Sequence[tuple[int, Task]]
     for_vae: ImageTransform
     for_vit: ImageTransform
@@ -87,7 +88,7 @@ class _Reader:
                 damaged[number] = str(error)
                 if len(damaged) > self.max_damaged:
                     break
-        return _Read(task=None, texts={}, images={}, damaged=damaged)
+        return _Read(damaged=damaged)
 
     def resized(self, record: Mapping[str, Any], task: Task, damaged: dict[int, str]) -> _Read:
         images = {name: self.for_vae.resize(record[name]) for name in IMAGES if name in record}
@@ -99,7 +100,6 @@ class _Reader:
         return _Read(task=task, texts=texts, images=images, damaged=damaged)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _StreamReader(_Reader):
     """Decodes and resizes records that were read: (number, name, fields, use)."""
 
@@ -109,17 +109,13 @@ class _StreamReader(_Reader):
             with naming(name):
                 return self.resized(opened(fields), task, {})
         except ValueError as error:
-            return _Read(task=None, texts={}, images={}, damaged={number: str(error)})
+            return _Read(damaged={number: str(error)})
 
 
 def _start_worker(_: int) -> None:
     """Lets a loader worker end with the process that it works for, whatever ends that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _as_it_is(read: Any) -> Any:
-    return read
 
 
 class ImageDataset:
@@ -134,50 +130,39 @@ class ImageDataset:
         damaged: what is wrong with each record that was skipped, by its index.
     """
 
+    _reader_of: type[_Reader] = _Reader
+
     def __init__(
         self,
-        records: Records,
+        records: Records | RecordStream,
         pipeline: BagelPipeline,
         run: RunConfig,
         latent_cache: Path | None = None,
     ) -> None:
+        self._records: Any = records
+        self._run, self._cache, self._tokenizer = run, latent_cache, pipeline.tokenizer
         self._wanted = run.tasks or tuple(Task)
         every = ((number, task) for number, own in enumerate(records.tasks) for task in own)
-        samples = [(number, task) for number, task in every if task in self._wanted]
-        if not samples:
+        self.samples = [(number, task) for number, task in every if task in self._wanted]
+        if isinstance(records, Records) and not self.samples:
             self._refuse_useless(len(records.tasks))
-        self._prepare(_Reader, records, samples, pipeline, run, latent_cache)
-
-    def _refuse_useless(self, num_records: int) -> NoReturn:
-        names = ", ".join(sorted(task.value for task in self._wanted))
-        raise ValueError(f"{WHERE}: a record must be of use for {names}, got none of {num_records}")
-
-    def _prepare(
-        self,
-        reader: type[_Reader],
-        records: Any,
-        samples: list[tuple[int, Task]],
-        pipeline: BagelPipeline,
-        run: RunConfig,
-        latent_cache: Path | None,
-    ) -> None:
-        self.samples = samples
         self.damaged: dict[int, str] = {}
-        self._records = records
-        self._run = run
-        self._tokenizer = pipeline.tokenizer
-        self.vae = pipeline.image_processor.vae
-        self._cache = latent_cache
-        self._reader = reader(
+        images = pipeline.image_processor
+        self.vae = images.vae
+        self._reader = self._reader_of(
             records=records,
-            samples=samples,
-            for_vae=_limited(pipeline.image_processor.for_vae, run.max_side),
-            for_vit=_limited(pipeline.image_processor.for_vit, run.max_side),
+            samples=self.samples,
+            for_vae=_limited(images.for_vae, run.max_side),
+            for_vit=_limited(images.for_vit, run.max_side),
             max_damaged=run.max_damaged,
         )
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def _refuse_useless(self, num_records: int) -> NoReturn:
+        names = ", ".join(sorted(task.value for task in self._wanted))
+        raise ValueError(f"{WHERE}: a record must be of use for {names}, got none of {num_records}")
 
     def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
         """Returns the sequence of one use of one record; see `SequenceDataset`.
@@ -194,16 +179,14 @@ class ImageDataset:
 
         Loader workers read, decode and resize the images of the next step meanwhile.
         """
-        steps, workers = count(step), self._run.workers
-        order, ahead = tee((number, place) for number in steps for place in places)
-        positions = (number * batch_size + place for number, place in ahead)
+        workers = self._run.workers
+        order, ahead = tee((number, place) for number in count(step) for place in places)
         loader: Any = DataLoader(
             self._reader,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self._order(seed, positions),
+            sampler=self._order(seed, (number * batch_size + place for number, place in ahead)),
             num_workers=workers,
             prefetch_factor=max(2, -(-len(places) // workers)) if workers else None,
-            collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # of seeds that nothing draws from
         )
@@ -251,6 +234,22 @@ class ImageDataset:
         config = self._run.sequences
         return generation_sequence(special, ids["text"], latent, generator, config, sources=sources)
 
+    def _latent(self, image: Image) -> Tensor:
+        pixels, path = to_pixels(image), None
+        if self._cache is not None:
+            digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
+            digest.update(safetensors_io.as_bytes(pixels.contiguous()).tobytes())
+            path = self._cache / f"{digest.hexdigest()}.safetensors"
+            if path.exists():
+                return safetensors_io.read_tensor(
+                    safetensors_io.read_header(path).tensors["latent"]
+                )
+        latent = self.vae.encode(pixels[None])[0].float().cpu()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, safetensors_io.encode_tensors({"latent": latent}))
+        return latent
+
     def check(self) -> None:
         """Reads every record that is used; raises ValueError that names the first damaged one."""
         for number in dict(self.samples):
@@ -266,23 +265,6 @@ class ImageDataset:
             of = len({*dict(self.samples), *self.damaged})
             raise ValueError(f"{first}; {len(self.damaged)} of {of} are damaged")
 
-    def _latent(self, image: Image) -> Tensor:
-        pixels = to_pixels(image)
-        if self._cache is None:
-            return self._encode(pixels)
-        digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
-        digest.update(safetensors_io.as_bytes(pixels.contiguous()).tobytes())
-        path = self._cache / f"{digest.hexdigest()}.safetensors"
-        if path.exists():
-            return safetensors_io.read_tensor(safetensors_io.read_header(path).tensors["latent"])
-        latent = self._encode(pixels)
-        self._cache.mkdir(parents=True, exist_ok=True)
-        replace_file(path, safetensors_io.encode_tensors({"latent": latent}))
-        return latent
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels[None])[0].float().cpu()
-
 
 class ImageStream(ImageDataset):
     """The same of records that are read as they come, in blocks that are shuffled.
@@ -291,16 +273,11 @@ class ImageStream(ImageDataset):
     shards, as no other is known; `check` finds `samples`.
     """
 
-    def __init__(
-        self,
-        records: RecordStream,
-        pipeline: BagelPipeline,
-        run: RunConfig,
-        latent_cache: Path | None = None,
-    ) -> None:
-        self._wanted = run.tasks or tuple(Task)
+    _reader_of = _StreamReader
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._places: list[dict[str, Any]] = []  # of the blocks that are at work
-        self._prepare(_StreamReader, records, [], pipeline, run, latent_cache)
 
     def __len__(self) -> int:
         return int(self._records.num_shards)
@@ -342,7 +319,7 @@ class ImageStream(ImageDataset):
                     wanted = next(positions)
                 position += 1
 
-    def _blocks(self, place: Any) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    def _blocks(self, place: Any = None) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         """Yields places in the stream and the samples there; skips what is of no use."""
         epoch, of_use, num_records = place["epoch"] if place else 0, place is not None, 0
         for here, block in self._records.blocks(place):
@@ -351,21 +328,21 @@ class ImageStream(ImageDataset):
                     self._refuse_useless(num_records)
                 epoch, of_use = here["epoch"], False
             found = []
-            for num_records, row in enumerate(block, here["first"] + 1):
-                name = f"{self._records.where}: record {num_records - 1}"
+            for number, row in enumerate(block, here["first"]):
+                name, num_records = f"{self._records.where}: record {number}", number + 1
                 try:
                     fields = renamed(row)
                     tasks = [task for task in tasks_of(name, fields) if task in self._wanted]
                 except ValueError as error:
-                    self._skip(num_records - 1, str(error))
+                    self._skip(number, str(error))
                     continue
-                found += [(num_records - 1, name, fields, task) for task in tasks]
+                found += [(number, name, fields, task) for task in tasks]
             of_use = of_use or bool(found)
             yield here, found
 
     def _once(self) -> Iterator[Any]:
         """Yields all samples, in the order of the files."""
-        for place, block in self._blocks(None):
+        for place, block in self._blocks():
             if place["epoch"] > 0:
                 return
             yield from block
@@ -427,12 +404,6 @@ def in_order(
             yield dataset.sequence(index, sequence_generator(seed, number, place))
 
 
-def draw_time(generator: torch.Generator, shift: float = 1.0) -> float:
-    """Draws a time in (0, 1): the sigmoid of a standard normal number, shifted."""
-    time = torch.sigmoid(torch.randn((), generator=generator, dtype=torch.float64)).item()
-    return shift * time / (1 + (shift - 1) * time)
-
-
 def generation_sequence(
     special_tokens: SpecialTokens,
     prompt_ids: Sequence[int],
@@ -452,7 +423,9 @@ def generation_sequence(
         sources: images to edit, each through the VAE, the ViT, or both, in this order.
     """
     config = config or SequenceConfig()
-    time = draw_time(generator, config.timestep_shift)
+    drawn = torch.randn((), generator=generator, dtype=torch.float64)
+    time, shift = torch.sigmoid(drawn).item(), config.timestep_shift
+    time = shift * time / (1 + (shift - 1) * time)
     noise = torch.randn(latent.shape, generator=generator)
     text_chance, vit_chance, vae_chance = torch.rand(3, generator=generator).tolist()
     segments: list[Segment] = []
@@ -462,7 +435,7 @@ def generation_sequence(
         if source.vit_pixels is not None and vit_chance >= config.vit_dropout:
             segments.append(VitSegment(pixels=source.vit_pixels))
     if text_chance >= config.text_dropout:
-        segments.append(_text(special_tokens, prompt_ids))
+        segments.append(_text(special_tokens, prompt_ids, predict=False))
     return [*segments, LatentSegment(latent=latent, time=time, noise=noise)]
 
 
@@ -475,12 +448,10 @@ def understanding_sequence(
     """Returns images [3, H, W] for the ViT, a question, which may be empty, and its answer."""
     segments: list[Segment] = [VitSegment(pixels=pixels) for pixels in images]
     if question_ids:
-        segments.append(_text(special_tokens, question_ids))
+        segments.append(_text(special_tokens, question_ids, predict=False))
     return [*segments, _text(special_tokens, answer_ids, predict=True)]
 
 
-def _text(
-    special_tokens: SpecialTokens, ids: Sequence[int], *, predict: bool = False
-) -> TextSegment:
+def _text(special: SpecialTokens, ids: Sequence[int], *, predict: bool) -> TextSegment:
     """Returns a text between bos and eos; `predict` trains the model to write it and its eos."""
-    return TextSegment(token_ids=[special_tokens.bos, *ids, special_tokens.eos], predict=predict)
+    return TextSegment(token_ids=[special.bos, *ids, special.eos], predict=predict)

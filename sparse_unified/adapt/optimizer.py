@@ -185,6 +185,13 @@ class Optimizer:
             self._adamw.state[weight]["step"].fill_(float(steps))
         self._assign()
 
+    def whole(self, name: str) -> Tensor:
+        """Returns a whole weight on the CPU, its average where one is kept, to all processes."""
+        parameter, shard = self.parameters[name], (self.ema or self.weights)[name]
+        if _is_sharded(parameter):
+            shard = as_global(parameter, shard.to(parameter.device)).full_tensor()
+        return shard.cpu()
+
     def _assign(self) -> None:
         """Gives the model the values of its master weights."""
         for name in self.parameters.keys() - self._own:
@@ -244,14 +251,6 @@ def _use_all(names: list[str], module: nn.Module, _: Any, outputs: Any) -> Any:
     parameters = [module.get_parameter(name) for name in names]
     nothing = torch.stack([p.flatten()[:1].sum().float() * 0 for p in parameters]).sum()
     return tuple(x + nothing.to(x.dtype) if isinstance(x, Tensor) else x for x in outputs)
-
-
-def gather(parameter: Any, shard: Tensor) -> Tensor:
-    """Returns the whole tensor of which each process holds the part that its parameter has."""
-    if not _is_sharded(parameter):
-        return shard
-    full: Tensor = as_global(parameter, shard.to(parameter.device)).full_tensor()
-    return full
 
 
 def as_global(parameter: Any, shard: Tensor) -> Any:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,15 +92,16 @@ def _unreadable(rule: str, error: Exception) -> ValueError:
 class RecordStream:
     """Records of shards in the order of their files, read as they come and not kept on disk.
 
-    `fingerprint` is a hash of names and sizes of the files.
+    `fingerprint` is a hash of names and sizes of the files. What each can be used for is known when
+    it is read.
     """
 
+    tasks: Sequence[tuple[Task, ...]] = ()
+
     def __init__(self, shards: Sequence[Path], builder: str) -> None:
-        self.num_shards = len(shards)
-        self.where = f"{shards[0].parent}"
+        self._shards, self._builder = shards, builder
+        self.num_shards, self.where = len(shards), f"{shards[0].parent}"
         self.fingerprint = _fingerprint(shards).hexdigest()[:16]
-        self._options = {"path": builder, "data_files": {"train": [str(path) for path in shards]}}
-        self._rule = _readable(shards, builder)
 
     def blocks(
         self, place: Mapping[str, Any] | None = None
@@ -108,35 +110,46 @@ class RecordStream:
 
         It begins again after the last record. ValueError if a file cannot be read.
         """
-        datasets = optional("datasets", extra="train")
-        epoch, first, source = (
-            (place["epoch"], place["first"], place["source"]) if place else (0, 0, None)
-        )
+        place = place or {"epoch": 0, "first": 0, "source": None}
+        epoch, first, source = place["epoch"], place["first"], place["source"]
         while True:
-            try:
-                rows = datasets.load_dataset(**self._options, split="train", streaming=True)
-                for name, feature in (rows.features or {}).items():
-                    if isinstance(feature, datasets.Image):
-                        rows = rows.cast_column(name, datasets.Image(decode=False))
+            with _reading(self._shards, self._builder):
+                rows = _load(self._shards, self._builder, streaming=True)
                 if source is not None:
                     rows.load_state_dict(source)
                 found = iter(rows)
                 while block := list(islice(found, _BLOCK)):
                     yield {"epoch": epoch, "first": first, "source": source}, block
                     first, source = first + len(block), rows.state_dict()
-            except Exception as error:  # readers of tar members raise errors of many kinds
-                raise _unreadable(self._rule, error) from error
             if first == 0:
                 raise ValueError(f"{WHERE}: {self.where} must hold a record, got none")
             epoch, first, source = epoch + 1, 0, None
 
 
+@contextmanager
+def _reading(shards: Sequence[Path], builder: str) -> Iterator[None]:
+    """Turns what `datasets` raises, errors of many kinds, into ValueError."""
+    optional("datasets", extra="train")
+    try:
+        yield
+    except Exception as error:
+        more = f"{shards[0]} and {len(shards) - 1} more"
+        raise _unreadable(f"{WHERE}: {more} must be readable {builder} shards", error) from error
+
+
+def _load(shards: Sequence[Path], builder: str, *, streaming: bool) -> Any:
+    """Opens shards by the library `datasets`, images as their bytes."""
+    datasets = optional("datasets", extra="train")
+    files = {"train": [str(path) for path in shards]}
+    rows = datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
 def _fingerprint(shards: Sequence[Path]) -> Any:
     return hashlib.sha256(repr([_name_and_size(path) for path in shards]).encode())
-
-
-def _readable(shards: Sequence[Path], builder: str) -> str:
-    return f"{WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
 
 
 def open_stream(data: StrPath) -> RecordStream:
@@ -203,15 +216,9 @@ def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _open_shards(shards: Sequence[Path], builder: str) -> Records:
     """Opens shards, which the library `datasets` reads into its cache and maps from there."""
-    datasets = optional("datasets", extra="train")
     names = {name for own in IMAGES for name in (own, *_ALIASES[own])}
-    try:
-        rows = datasets.load_dataset(
-            builder, data_files={"train": [str(path) for path in shards]}, split="train"
-        )
-        for name, feature in rows.features.items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(name, datasets.Image(decode=False))
+    with _reading(shards, builder):
+        rows = _load(shards, builder, streaming=False)
         # Of images only whether they are there.
         images = {
             name: rows.data.column(name).is_valid().to_pylist()
@@ -223,8 +230,6 @@ def _open_shards(shards: Sequence[Path], builder: str) -> Records:
             fields = texts[number] if texts.column_names else {}
             fields |= {name: True for name, valid in images.items() if valid[number]}
             known.append(renamed(fields))
-    except Exception as error:  # readers of tar members raise errors of many kinds
-        raise _unreadable(_readable(shards, builder), error) from error
     return Records(rows, f"{shards[0].parent}: record {{}}".format, known, shards)
 
 

@@ -9,48 +9,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, StrPath, context, optional
-from sparse_unified.adapt.collapse import judge_routers
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.data import ImageDataset, ImageStream, sequence_generator
-from sparse_unified.adapt.lora import write_adapters
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.records import open_records, open_stream
-from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
+from sparse_unified.adapt.saving import ADAPTATION, WHAT, list_states, write_adapted
 from sparse_unified.adapt.trainer import StepRecord, Trainer
+from sparse_unified.analysis.expert_usage import ExpertUsage, layer_usage
 from sparse_unified.bagel.loading import load_bagel, local_reader
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
+from sparse_unified.surgery.lora import write_lora
 
-LOG, ADAPTATION = "log.jsonl", "adaptation.json"
-PROJECT = "sparse_unified"  # of trackers that have projects
-# Of a run, not of the machine or the moment.
-_RUN_OPTIONS = (
-    *("stage", "component", "lora_rank", "lora_alpha", "lora_targets", "tasks", "max_side"),
-    *("checkpoint_every", "keep", "report_to", "cache_latents", "max_damaged"),
-    *("streaming", "workers"),
-)
+LOG = "log.jsonl"
+# Options of the machine or the moment, not of a run.
+_PASSING = {"device", "dtype", "resume", "eval_data", "sequences"}
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
+# An expert with a smaller share of the tokens is used by none, and by all with 1 less it.
+_UNUSED = 0.01
 # What gloo and NCCL say when another process has ended, or does not answer in time.
 _OTHER_PROCESS = re.compile(r"gloo|nccl|peer|timeout|timed out", re.IGNORECASE)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +149,12 @@ def adapt(
         log, trackers = None, []
         if is_first:
             log = stack.enter_context(_open_log(running / LOG, resumed_from))
-            trackers = _trackers(run.report_to, running, out, resumed_from)
-            for tracker in trackers:
-                tracker.start()
-                stack.callback(tracker.finish)
-                tracker.store_init_configuration(_logged(config, run))
+            stated = options_of(config, run).items()
+            plain = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in stated}
+            for name, kind in _tracker_kinds(run.report_to).items():
+                trackers.append(_tracker(name, kind, running, out, resumed_from))
+                stack.callback(trackers[-1].finish)
+                trackers[-1].store_init_configuration(plain)
         losses, tokens, seconds = [], 0, 0.0
         while trainer.steps_done < config.steps:
             record = trainer.step()
@@ -171,8 +172,12 @@ def adapt(
                 if log is not None:
                     os.fsync(log.fileno())
                 trainer.save(running / f"step-{record.step}")
-                if is_first:
-                    _drop_states(running, run.keep)
+                for path in list_states(running)[: -run.keep] if is_first else ():
+                    # It loses its name first, so that no half of a state is left.
+                    doomed = path.with_name(f".{path.name}.removed")
+                    shutil.rmtree(doomed, ignore_errors=True)
+                    path.rename(doomed)
+                    shutil.rmtree(doomed)
             if on_step is not None:
                 on_step(record)
         if log is not None:
@@ -184,24 +189,24 @@ def adapt(
             "losses": [line["loss"] for line in read_log(running / LOG)],
         }
         texts = {ADAPTATION: json.dumps(facts, indent=2) + "\n"}
-        if lora is not None:
-            write_adapters(out, trainer.optimizer, lora, texts, base_model=os.fspath(model))
-        else:
+        optimizer = trainer.optimizer
+        if lora is None:
             write_adapted(
-                source,
-                out,
-                trainer.model,
-                trainer.optimizer,
-                AdaptConfig(
-                    stage=run.trained,
-                    component=run.component,
-                    steps=config.steps,
-                    seed=config.seed,
-                    layers=tuple(range(source.num_layers)),
-                ),
+                *(source, out, trainer.model, optimizer),
                 texts=texts,
                 progress=progress,
+                stage=run.trained,
+                component=run.component,
+                steps=config.steps,
+                seed=config.seed,
             )
+        else:
+            adapters = {name: optimizer.whole(name) for name in optimizer.parameters}
+            if is_first:
+                with files.atomic_directory(out) as unfinished:
+                    write_lora(unfinished, lora, adapters, base_model=os.fspath(model))
+                    files.write_text(unfinished / ADAPTATION, texts[ADAPTATION])
+            wait_for_all()
     tenth = max(1, len(losses) // 10)
     return AdaptReport(
         steps=trainer.steps_done,
@@ -263,7 +268,10 @@ def _prepare(
         raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)
     _tracker_kinds(run.report_to)
-    config = replace(config, seed=stage_seed(config.seed, source))
+    # Another seed after each stage that the model has had, so that stages with one --seed do not
+    # see the same texts in the same order.
+    stages = sum(isinstance(step.config, AdaptConfig) for step in source.recipe)
+    config = replace(config, seed=(config.seed + 1_000_003 * stages) % 2**63)
 
     records: Any = open_stream(data) if run.streaming else open_records(data)
     tokenizer = Tokenizer.from_directory(source.directory)
@@ -310,13 +318,6 @@ def _prepare(
     return source, running, dataset, trainer, lora
 
 
-def stage_seed(seed: int, source: Checkpoint) -> int:
-    """Returns the seed of a run on a model: another one after each stage that the model has had,
-    so that stages with one `--seed` do not see the same texts in the same order."""
-    stages = sum(isinstance(step.config, AdaptConfig) for step in source.recipe)
-    return (seed + 1_000_003 * stages) % 2**63
-
-
 @contextmanager
 def _in_words() -> Iterator[None]:
     """Says what a full disk, and another process that ended or stands still, mean for a run."""
@@ -327,7 +328,7 @@ def _in_words() -> Iterator[None]:
         raise RuntimeError(f"{name} must be writable, got {error.strerror or error}") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            # Where it ends while it is waited for, only the cause says by which signal.
+            # Where torch's handler of signals saw it end, only the cause says by which one.
             reason = str(error.__cause__ or "").strip() or str(error).strip()
             raise RuntimeError(
                 "loader workers (--workers) must run on, got one that has ended: "
@@ -355,31 +356,27 @@ def _tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
         # Those of accelerate have the names of their packages.
         if known[name].__module__ == library.__name__ and not find_spec(name):
             raise ImportError(f"{WHAT}: report_to must name what is installed, got {name}")
+    optional("accelerate", "train").PartialState()  # which trackers ask whether they may write
     return {name: known[name] for name in names}
 
 
-def _trackers(names: Sequence[str], running: Path, out: StrPath, done: int) -> list[Any]:
-    """Returns accelerate's trackers; those that write files do it in the directory of the run."""
-    kinds = _tracker_kinds(names)
-    given: dict[str, dict[str, Any]] = {}
-    if kinds:
-        optional("accelerate", "train").PartialState()  # which trackers ask whether they may write
-        given = {
-            "tensorboard": {"purge_step": done + 1},
-            "wandb": {"name": Path(out).name, "dir": str(running)},
-        }
-    trackers = []
-    for name, kind in kinds.items():
-        has_files = kind.requires_logging_directory
-        where: dict[str, Any] = {"logging_dir": str(running)} if has_files else {}
-        run_name = name if has_files else os.environ.get("WANDB_PROJECT", PROJECT)
-        trackers.append(kind(run_name, **where, **given.get(name, {})))
-    return trackers
+def _tracker(name: str, kind: Any, running: Path, out: StrPath, done: int) -> Any:
+    """Starts a tracker of accelerate; one that writes files does it in the directory of the run."""
+    has_files = kind.requires_logging_directory
+    given: dict[str, Any] = {"logging_dir": str(running)} if has_files else {}
+    if name == "tensorboard":
+        given["purge_step"] = done + 1
+    elif name == "wandb":
+        given |= {"name": Path(out).name, "dir": str(running)}
+    project = os.environ.get("WANDB_PROJECT", "sparse_unified")
+    tracker = kind(name if has_files else project, **given)
+    tracker.start()
+    return tracker
 
 
 def options_of(config: TrainingConfig, run: RunConfig) -> dict[str, Any]:
     """Returns the flags of `adapt`, by parameter, that give the same configurations again."""
-    own = {name: getattr(run, name) for name in _RUN_OPTIONS}
+    own = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in _PASSING}
     own["dtype"] = None if run.dtype is None else str(run.dtype).removeprefix("torch.")
     values = asdict(config) | asdict(run.sequences) | own
     values["max_grad_norm"] = config.max_grad_norm or 0  # which None cannot say in a flag
@@ -388,21 +385,6 @@ def options_of(config: TrainingConfig, run: RunConfig) -> dict[str, Any]:
         del values["stage"]
     plain = json.dumps({name: value for name, value in values.items() if value is not None})
     return dict(json.loads(plain))
-
-
-def _logged(config: TrainingConfig, run: RunConfig) -> dict[str, Any]:
-    """Returns the configurations as trackers take them."""
-    values = options_of(config, run).items()
-    return {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values}
-
-
-def _drop_states(running: Path, keep: int) -> None:
-    """Removes all but the latest states; each loses its name first, so that no half is left."""
-    for path in list_states(running)[:-keep]:
-        doomed = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 def _fingerprint(source: Checkpoint) -> str:
@@ -444,3 +426,45 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             break
         found.append(values)
     return found
+
+
+def judge_routers(steps: Sequence[Mapping[str, Any]], top_k: int | None) -> tuple[str, ...]:
+    """Returns what to tell of the use of experts; warns, with a table, where routers collapsed.
+
+    Args:
+        steps: of a log, with the `expert_load` of each.
+        top_k: experts per token; None of a dense model, of which nothing is told.
+    """
+    loads = [step["expert_load"] for step in steps if "expert_load" in step]
+    loads = loads[-max(1, len(steps) // 10) :]
+    if top_k is None or not loads:
+        return ()
+    rows, fallen = [], []
+    for name in loads[-1]:
+        component, layer = name.split(".")
+        load = torch.tensor([own[name] for own in loads]).sum(0)
+        if not load.any():
+            continue
+        row = layer_usage(component, int(layer), top_k, torch.stack([load, load * 0]))
+        rows.append(row)
+        none = sum(share < _UNUSED for share in row["share"])
+        full = sum(share > 1 - _UNUSED for share in row["share"])
+        if (count := row["num_experts"]) > top_k and (none or full):
+            fallen.append(f"  {name}: {none} of {count} experts used by no token, {full} by all")
+    if not rows:
+        return ()
+    entropies = [row["entropy"] for row in rows]
+    told = (
+        f"experts: entropy of the load {sum(entropies) / len(rows):.3f} (least "
+        f"{min(entropies):.3f}, even is 1)"
+    )
+    if not fallen:
+        return (told,)
+    _log.warning(
+        "routers have collapsed in %d of %d blocks: experts are used by no token or by all of "
+        "them, which is a static choice; start from fitted routers (--router-init activation), or "
+        "balance more (--balance-rate 0.01, or a larger --balance-weight)",
+        *(len(fallen), len(rows)),
+    )
+    usage = ExpertUsage(task="training", samples=len(loads), ranges=("all",), layers=tuple(rows))
+    return (told, "collapsed routers:", *fallen, "", *usage.to_text().splitlines()[2:])  # no title

@@ -25,11 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress, StrPath, list_some
+from sparse_unified._common import Progress, StrPath, context, list_some
 from sparse_unified.adapt.optimizer import (
     Optimizer,
     as_global,
-    gather,
     num_processes,
     of_all_processes,
     this_process,
@@ -37,13 +36,16 @@ from sparse_unified.adapt.optimizer import (
 )
 from sparse_unified.bagel.hub import CARD, write_card
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
+from sparse_unified.checkpoint.model_dir import find_model
 from sparse_unified.checkpoint.modes import RECIPE, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
+from sparse_unified.surgery.lora import read_lora
 
 WHAT = "adapt"
+ADAPTATION = "adaptation.json"  # in what a run writes: its options, and how it went
 FACTS, _SUFFIX = "training.json", ".safetensors"
 _FORMAT = {"format": "sparse_unified.training", "format_version": 2}
 _FILE_BYTES = 1 << 26  # a process holds a file twice while it writes it
@@ -61,8 +63,9 @@ def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any
     """
     import torch.distributed.checkpoint as dcp
 
-    for key, shard in optimizer.state.items():
-        _refuse_not_finite(shard, key)
+    with context(WHAT):
+        for key, shard in optimizer.state.items():
+            _refuse_not_finite(shard, key)
     parts, files_of, num_bytes = _parts(optimizer), {}, 0
     for key, shard in optimizer.state.items():
         files_of[key] = 1 + num_bytes // _FILE_BYTES
@@ -209,7 +212,7 @@ def _refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str,
 def _refuse_not_finite(tensor: Tensor, key: str) -> None:
     # A sum reads the tensor once and keeps NaN and infinity; it can also overflow.
     if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
-        raise RuntimeError(f"{WHAT}: {key} must be finite to be written, got NaN or infinity")
+        raise RuntimeError(f"{key} must be finite to be written, got NaN or infinity")
 
 
 def write_adapted(
@@ -217,51 +220,105 @@ def write_adapted(
     out: StrPath,
     model: nn.Module,
     optimizer: Optimizer,
-    config: AdaptConfig,
     *,
     texts: Mapping[str, str],
     progress: Progress | None = None,
+    **step: Any,
 ) -> None:
-    """Writes a checkpoint with the trained weights, their averages where such are kept.
+    """Writes a checkpoint with the trained weights; every process takes part.
 
-    Tensors keep names, shapes, dtypes and files. The recipe gains a step. Every process takes part;
-    the first one writes. The directory appears complete or not at all; RuntimeError if writing
-    failed or a trained weight is not finite.
+    See `_write_tuned`; a card of the source is written anew.
     """
     trained = _trained_tensors(model, optimizer)
     keys = [k for header in source.headers.values() for k in header.tensors if k in trained]
-    if this_process():
+
+    def finish(written: Path) -> None:
+        if (written / CARD).exists():
+            write_card(written, name=Path(out).name, source_name=source.directory.name)
+
+    if this_process() == 0:
+        tuned = {key: trained[key] for key in keys}
+        _write_tuned(source, out, tuned, texts=texts, finish=finish, progress=progress, **step)
+    else:
         for key in keys:
             trained[key]()  # takes part in gathering it
-    else:
-
-        def blocks(key: str, spec: safetensors_io.TensorSpec) -> Blocks:
-            tensor = trained[key]().to(spec.dtype)
-            _refuse_not_finite(tensor, key)
-            yield safetensors_io.as_bytes(tensor.contiguous())
-
-        edits = {}
-        for key in keys:
-            spec = source.spec(key)
-            entries = ((key, spec.dtype, spec.shape),)
-            edits[key] = Edit(entries=entries, blocks=partial(blocks, key, spec))
-        step = Step(config=config, scores=None)
-
-        def finish(written: Path) -> None:
-            Checkpoint(written).experts  # noqa: B018  a last look through the reader's eyes
-            if (written / CARD).exists():  # of the source
-                write_card(written, name=Path(out).name, source_name=source.directory.name)
-
-        rewrite(
-            source,
-            out,
-            edits,
-            {RECIPE: recipe_text((*source.recipe, step)), **texts},
-            headers=source.headers,
-            finish=finish,
-            progress=progress,
-        )
     wait_for_all()
+
+
+@context("merge_lora")
+def merge_lora(
+    model: StrPath, lora: StrPath, out: StrPath, *, progress: Progress | None = None
+) -> list[str]:
+    """Writes a checkpoint with adapters merged into its weights.
+
+    W + s B A is computed in fp32 and rounded to the dtype of W; all else is copied, and the recipe
+    gains a step.
+
+    Args:
+        model: a model directory, dense, sparse or pruned, or a hub id.
+        lora: what `adapt` with a LoRA rank wrote, or peft for the official code.
+        out: the directory to make; it must not exist.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        the official keys of the weights that were changed.
+
+    Raises:
+        ValueError: model or adapters are damaged or do not fit; nothing is written.
+        RuntimeError: writing failed, or a merged weight is not finite; nothing is left under `out`.
+    """
+    source = Checkpoint(find_model(model))
+    files.check_target(out, source.directory, lora)
+    adapters = read_lora(lora, {key: spec.shape for key, spec in source.specs.items()})
+    path = Path(lora) / ADAPTATION
+    config = files.read_json(path).get("config", {}) if path.exists() else {}
+    known = {name: config[name] for name in ("component", "steps", "seed") if name in config}
+
+    step = {"stage": "lora", "steps": None, **known}
+
+    def merged(key: str) -> Tensor:
+        return adapters[key].merged(safetensors_io.read_tensor(source.spec(key)))
+
+    tuned = {key: partial(merged, key) for key in adapters}
+    _write_tuned(source, out, tuned, texts={}, progress=progress, **step)
+    return list(adapters)
+
+
+def _write_tuned(
+    source: Checkpoint,
+    out: StrPath,
+    tuned: Mapping[str, Callable[[], Tensor]],
+    *,
+    texts: Mapping[str, str],
+    finish: Callable[[Path], object] = lambda written: None,
+    progress: Progress | None,
+    **step: Any,
+) -> None:
+    """Writes a checkpoint with other values of some tensors, by official key, or nothing.
+
+    Tensors keep names, shapes, dtypes and files. The recipe gains a `step`, an `AdaptConfig`.
+    RuntimeError if writing failed or a value is not finite.
+    """
+
+    def blocks(spec: safetensors_io.TensorSpec, key: str) -> Blocks:
+        tensor = tuned[key]().to(spec.dtype)
+        _refuse_not_finite(tensor, key)
+        yield safetensors_io.as_bytes(tensor.contiguous())
+
+    def look(written: Path) -> None:
+        Checkpoint(written).experts  # noqa: B018  a last look through the reader's eyes
+        finish(written)
+
+    edits = {}
+    for key in tuned:
+        spec = source.spec(key)
+        entries = ((key, spec.dtype, spec.shape),)
+        edits[key] = Edit(entries=entries, blocks=partial(blocks, spec, key))
+    config = AdaptConfig(layers=tuple(range(source.num_layers)), **step)
+    recipe = recipe_text((*source.recipe, Step(config=config, scores=None)))
+    written = {RECIPE: recipe, **texts}
+    headers = source.headers
+    rewrite(source, out, edits, written, headers=headers, finish=look, progress=progress)
 
 
 def _trained_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Callable[[], Tensor]]:
@@ -269,19 +326,14 @@ def _trained_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Callab
 
     All processes must read the same keys in the same order.
     """
-    weights = optimizer.weights if optimizer.ema is None else optimizer.ema
-    parameters = optimizer.parameters
-
-    def whole(name: str) -> Tensor:
-        return gather(parameters[name], weights[name]).detach().cpu()
-
     # The weights of one FFN are held whole while its experts are written.
-    of_ffn = lru_cache(maxsize=len(PROJECTIONS))(whole)
+    of_ffn = lru_cache(maxsize=len(PROJECTIONS))(optimizer.whole)
 
     def expert(parts: Sequence[str], layout: ExpertLayout, key: str) -> Tensor:
         return expert_views(layout, *map(of_ffn, parts))[key]
 
-    found: dict[str, Callable[[], Tensor]] = {name: partial(whole, name) for name in parameters}
+    parameters = optimizer.parameters
+    found: dict[str, Callable[[], Tensor]] = {n: partial(optimizer.whole, n) for n in parameters}
     for block, module in model.named_modules():
         parts = [f"{block}.{part}" for part in PROJECTIONS]
         if isinstance(module, SparseMoE) and parts[0] in found:

@@ -26,26 +26,16 @@ from sparse_unified.adapt import (
 from sparse_unified.adapt.optimizer import num_processes
 from sparse_unified.adapt.run import plan
 from sparse_unified.adapt.trainer import StepRecord
-from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
+from sparse_unified.cli.console import Output, Usage, show_progress
 from sparse_unified.cli.generate import check_device
-from sparse_unified.cli.options import (
-    DTYPES,
-    add_flags,
-    add_options,
-    arguments,
-    dtype_of,
-    from_file,
-    positive,
-)
+from sparse_unified.cli.options import DTYPES, Flags, arguments, dtype_of, from_file
 
 # A flag --no-NAME overrides a file that says yes.
 _SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
-def add_adapt(parser: CommandParser) -> None:
-    add_flags(
-        parser,
-        """
+def add_adapt(flags: Flags) -> None:
+    flags.table("""
         MODEL        a model directory or a hub id owner/name
         OUT          the directory to make; must not exist
         --data DATA  a folder, a file or a pattern: .parquet or .tar shards; or a .jsonl file with
@@ -53,11 +43,9 @@ def add_adapt(parser: CommandParser) -> None:
                      the same name
         --config FILE.yaml  flags as a YAML or JSON file, such as the adaptation.json of an earlier
                      run; flags override it
-        """,
-    )
-    parser.expand = partial(from_file, parser)
-    add_options(
-        parser,
+        """)
+    flags.parser.expand = partial(from_file, flags.parser)  # type: ignore[attr-defined]
+    flags.of(
         RunConfig,
         "stage component device dtype",
         stage="what is trained: the routers alone; all but the experts; all",
@@ -68,62 +56,36 @@ def add_adapt(parser: CommandParser) -> None:
             "help": "of computation (default: as in the files); the optimizer works in float32",
         },
     )
-    add_options(parser, TrainingConfig, "steps", unset=True)
-
-    data = parser.add_argument_group("data")
-    add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
-    add_options(
-        data,
-        RunConfig,
-        "tasks max_side cache_latents streaming max_damaged workers eval_data",
-        cache_latents=_SWITCH,
-        streaming=_SWITCH,
-    )
-    add_options(data, TrainingConfig, "eval_every")
-
-    lora = parser.add_argument_group(
-        "LoRA",
-        "with --lora-rank, adapters alone are trained, and OUT holds them as peft writes them",
-    )
-    add_options(lora, RunConfig, "lora_rank lora_alpha lora_targets")
-
-    optimizer = parser.add_argument_group("optimizer")
-    add_options(
-        optimizer,
+    flags.of(TrainingConfig, "steps", unset=True)
+    data = flags.group("data")
+    data.of(SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
+    given = "tasks max_side cache_latents streaming max_damaged workers eval_data"
+    data.of(RunConfig, given, cache_latents=_SWITCH, streaming=_SWITCH)
+    data.of(TrainingConfig, "eval_every")
+    text = "with --lora-rank, adapters alone are trained, and OUT holds them as peft writes them"
+    flags.group("LoRA", text).of(RunConfig, "lora_rank lora_alpha lora_targets")
+    flags.group("optimizer").of(
         TrainingConfig,
         "batch_size lr=learning_rate min_lr=min_learning_rate schedule warmup=warmup_steps betas "
         "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight "
         "balance_rate z_weight distill_weight seed",
         max_grad_norm="norm that gradients are scaled down to; 0 does not",
     )
-
-    memory = parser.add_argument_group("memory")
-    add_options(
-        memory,
+    flags.group("memory").of(
         TrainingConfig,
         "micro_batch_size checkpointing optimizer_device",
         micro_batch_size="sequences of a pass (default: a process's share of --batch-size)",
         checkpointing=_SWITCH,
     )
-
-    run = parser.add_argument_group("run", "log and states of a run lie in OUT.training")
-    add_options(run, RunConfig, "checkpoint_every keep resume report_to")
-    run.add_argument(
-        "--timeout",
-        type=positive,
-        default=600,
-        metavar="SECONDS",
-        help="under torchrun: how long a process waits for another one that does not answer "
-        "(default 600)",
-    )
-    add_flags(
-        run,
-        """
+    run = flags.group("run", "log and states of a run lie in OUT.training")
+    run.of(RunConfig, "checkpoint_every keep resume report_to")
+    run.table("""
+        --timeout SECONDS  under torchrun: how long a process waits for another one that does not
+                           answer (default 600)
         --estimate-memory  print what the run would take, from the headers of MODEL alone, and stop
         --dry-run          read model and data, every image included, report, and stop before the
                            first step
-        """,
-    )
+        """)
 
 
 def run_adapt(options: argparse.Namespace) -> Report | None:
@@ -167,15 +129,12 @@ def run_adapt(options: argparse.Namespace) -> Report | None:
         return report if first else None
 
 
-def add_merge(parser: CommandParser) -> None:
-    add_flags(
-        parser,
-        """
+def add_merge(flags: Flags) -> None:
+    flags.table("""
         MODEL  a model directory or a hub id owner/name
         LORA   the directory of the adapters
         OUT    the directory to make; must not exist
-        """,
-    )
+        """)
 
 
 def run_merge(options: argparse.Namespace) -> Report:

@@ -27,45 +27,28 @@ from sparse_unified.analysis.evaluate import Evaluation, evaluate
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
-from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
+from sparse_unified.cli.console import Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, add_top_k, check_device, load_pipeline
-from sparse_unified.cli.options import (
-    add_flags,
-    add_options,
-    arguments,
-    dtype_of,
-    names,
-    positive,
-    value,
-)
+from sparse_unified.cli.options import Flags, arguments, dtype_of, names
 from sparse_unified.surgery.decoder import find_sparse_blocks
 
 TASKS = tuple(task.value for task in Task)
 
 
-def _add_settings(group: Any, more: str = "") -> None:
+def _add_settings(flags: Flags, more: str = "") -> None:
     """Adds how many samples there are, and how the model runs on them."""
-    add_flags(group, "--samples N  the first N prompts", samples={"type": positive})
+    flags.table("--samples N  the first N prompts")
     own = ("size", "steps=num_timesteps", "max_tokens=max_length", *more.split())
-    add_options(group, analysis.Settings, " ".join([*own, *GUIDANCE]))
-    add_options(group, analysis.SweepConfig, "seed", seed="of noise and of random choices")
+    flags.of(analysis.Settings, " ".join([*own, *GUIDANCE]))
+    flags.of(analysis.SweepConfig, "seed", seed="of noise and of random choices")
 
 
-shard = value(
-    "I/N with I from 0 to N - 1",
-    lambda text: tuple(map(int, text.split("/"))),
-    lambda found: len(found) == 2 and 0 <= found[0] < found[1],
-)
-
-
-def add_shard(group: Any) -> None:
+def add_shard(flags: Flags) -> None:
     """Adds which part of a run this process computes."""
-    add_flags(
-        group,
-        "--shard I/N  compute every N-th part from the I-th on, counted from 0; processes share "
-        "--out, or what they wrote in it is copied together (default: that of torchrun)",
-        shard={"type": shard},
-    )
+    flags.table("""
+        --shard I/N  compute every N-th part from the I-th on, counted from 0; processes share
+                     --out, or what they wrote in it is copied together (default: that of torchrun)
+        """)
 
 
 def shard_of(options: argparse.Namespace) -> tuple[int, int]:
@@ -78,24 +61,21 @@ def shard_of(options: argparse.Namespace) -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), count
 
 
-def _add_samples(parser: CommandParser) -> None:
+def _add_samples(flags: Flags) -> None:
     """Adds the task of a command with one, its samples, and how the model runs on them."""
-    parser.add_argument("--task", required=True, choices=TASKS, help="what the model does")
-    parser.add_argument(
-        "--component", choices=("und", "gen"), help="whose FFNs are looked at (default both)"
-    )
-    group = parser.add_argument_group("samples")
-    add_flags(
-        group,
-        """
+    flags.table(f"""
+        --task {"|".join(TASKS)}!  what the model does
+        --component und|gen  whose FFNs are looked at (default both)
+        """)
+    group = flags.group("samples")
+    group.table("""
         --prompts FILE  a prompt a line, or .jsonl with prompt and source (default: built-in
                         prompts)
         --images DIR    images, one per prompt in the order of their names, that editing and
                         understanding start from; of .jsonl, where its files are
-        """,
-    )
+        """)
     _add_settings(group)
-    add_options(group, analysis.StatisticsConfig, "time_ranges=num_time_ranges")
+    group.of(analysis.StatisticsConfig, "time_ranges=num_time_ranges")
 
 
 @contextmanager
@@ -142,36 +122,27 @@ def _observed(options: argparse.Namespace, pipeline: Any, samples: Any, progress
 # calibrate
 
 
-def add_calibrate(parser: CommandParser) -> None:
-    add_model(parser)
-    parser.set_defaults(outputs=("out", "scores"))
-    add_flags(
-        parser,
-        """
-        --out FILE.safetensors  where the statistics go
-        --merge FILE...         statistics of the same model, of other samples or tasks, to be
-                                added (repeatable)
-        """,
-        out={"required": True},
-    )
-    _add_samples(parser)
-    counted = parser.add_argument_group("what is counted")
-    add_options(
-        counted,
+def add_calibrate(flags: Flags) -> None:
+    add_model(flags)
+    flags.parser.set_defaults(outputs=("out", "scores"))
+    flags.table("""
+        --out FILE.safetensors!  where the statistics go
+        --merge FILE...          statistics of the same model, of other samples or tasks, to be
+                                 added (repeatable)
+        """)
+    _add_samples(flags)
+    flags.group("what is counted").of(
         analysis.StatisticsConfig,
         "threshold active_fraction inputs=num_inputs",
         num_inputs="keep what each FFN was given on N tokens drawn at random, for convert "
         "--partition coactivation and --router-init activation; 512 are plenty (default: none)",
     )
-    group = parser.add_argument_group("scores")
-    add_flags(group, "--scores FILE.safetensors  write scores there")
-    group.add_argument(
-        "--criterion",
-        choices=tuple(analysis.CRITERIA),
-        help="what they are: mean |h| (activation); that times the norm of the down_proj column "
-        "(wanda, the default); of the weights alone (magnitude); drawn (random); the official "
-        "score with its fault (reference)",
-    )
+    flags.group("scores").table(f"""
+        --scores FILE.safetensors  write scores there
+        --criterion {"|".join(analysis.CRITERIA)}  what they are: mean |h| (activation); that times
+                     the norm of the down_proj column (wanda, the default); of the weights alone
+                     (magnitude); drawn (random); the official score with its fault (reference)
+        """)
 
 
 def run_calibrate(options: argparse.Namespace) -> Report:
@@ -244,11 +215,11 @@ def _totals(statistics: FfnStatistics, task: str, component: str) -> dict[str, A
 # expert-usage
 
 
-def add_expert_usage(parser: CommandParser) -> None:
-    add_model(parser)
-    parser.set_defaults(outputs=("plot",))
-    _add_samples(parser)
-    add_flags(parser, "--plot FILE.png  draw load and change there")
+def add_expert_usage(flags: Flags) -> None:
+    add_model(flags)
+    flags.parser.set_defaults(outputs=("plot",))
+    _add_samples(flags)
+    flags.table("--plot FILE.png  draw load and change there")
 
 
 def run_expert_usage(options: argparse.Namespace) -> Report:
@@ -275,27 +246,22 @@ def run_expert_usage(options: argparse.Namespace) -> Report:
 # What evaluate and analyze measure on, and by
 
 
-def _add_measured(parser: CommandParser) -> None:
-    measured = parser.add_argument_group("what it is measured on")
-    add_flags(
-        measured,
-        """
+def _add_measured(flags: Flags) -> None:
+    measured = flags.group("what it is measured on")
+    measured.table("""
         --prompts [TASK=]FILE...  a prompt a line, or .jsonl with prompt, source, image and answer
                                   (repeatable; default: built-in prompts)
         --images [TASK=]DIR...    images, one per prompt in the order of their names: what
                                   generation should lead to, what editing and understanding start
                                   from; of .jsonl, where its files are
-        """,
-    )
+        """)
     _add_settings(measured, "batch_size")
     add_shard(measured)
 
 
-def _add_metrics(parser: CommandParser, each: str) -> Any:
-    group = parser.add_argument_group("what is measured")
-    add_flags(
-        group,
-        f"""
+def _add_metrics(flags: Flags, each: str) -> Flags:
+    group = flags.group("what is measured")
+    group.table(f"""
         --evaluator MODULE:FUNCTION...     more metrics: a function from the pipeline to numbers by
                                            name (repeatable); a file may be named instead of a
                                            module
@@ -303,9 +269,7 @@ def _add_metrics(parser: CommandParser, each: str) -> Any:
                                            the folders that the official scorer reads
         --geneval-scorer MODULE:FUNCTION   a function from such a folder to numbers by name
         --geneval-images N                 per prompt (default 4)
-        """,
-        geneval_images={"type": positive, "default": 4},
-    )
+        """)
     return group
 
 
@@ -326,21 +290,19 @@ def _geneval(options: argparse.Namespace) -> GenEval | None:
 # evaluate
 
 
-def add_evaluate(parser: CommandParser) -> None:
-    add_model(parser, nargs="+")
-    add_flags(
-        parser,
+def add_evaluate(flags: Flags) -> None:
+    add_model(flags, "MODEL...")
+    flags.table(
         f"""
-        --out DIR        folder of the results
+        --out DIR!       folder of the results
         --reference DIR  the model that distances and agreement are taken from, a dense one
         --task TASKS     comma-separated: {", ".join(TASKS)}; without it, --geneval alone
         """,
-        out={"required": True},
         task={"type": names(*TASKS), "default": ()},
     )
-    _add_measured(parser)
-    add_top_k(parser)
-    _add_metrics(parser, "model")
+    _add_measured(flags)
+    add_top_k(flags)
+    _add_metrics(flags, "model")
 
 
 def run_evaluate(options: argparse.Namespace) -> Evaluation:
@@ -372,10 +334,9 @@ def run_evaluate(options: argparse.Namespace) -> Evaluation:
 # analyze
 
 
-def add_swept(group: Any) -> None:
+def add_swept(flags: Flags) -> None:
     """Adds along which axes, and how, a model is made smaller."""
-    add_options(
-        group,
+    flags.of(
         analysis.SweepConfig,
         "axis=axes ratios criterion layers part budget block_size",
         axes="what is pruned, comma-separated: depth, width, heads",
@@ -383,40 +344,29 @@ def add_swept(group: Any) -> None:
     )
 
 
-def add_analyze(parser: CommandParser) -> None:
-    add_model(parser)
-    add_flags(
-        parser,
+def add_analyze(flags: Flags) -> None:
+    add_model(flags)
+    flags.table(
         f"""
-        --out DIR     folder of the results
-        --task TASKS  comma-separated: {", ".join(TASKS)}
+        --out DIR!     folder of the results
+        --task TASKS!  comma-separated: {", ".join(TASKS)}
         """,
-        out={"required": True},
-        task={"required": True, "type": names(*TASKS)},
+        task={"type": names(*TASKS)},
     )
-    swept = parser.add_argument_group("what is swept")
-    add_options(
-        swept,
-        analysis.SweepConfig,
-        "component=components",
-        components={"required": False, "default": ("und", "gen")},
-    )
+    swept = flags.group("what is swept")
+    both = {"required": False, "default": ("und", "gen")}
+    swept.of(analysis.SweepConfig, "component=components", components=both)
     add_swept(swept)
-    add_options(
-        swept,
-        analysis.StatisticsConfig,
-        "time_ranges=num_time_ranges",
-        num_time_ranges={"default": 8},
-    )
-    add_flags(
-        swept,
-        "--stats [TASK=]FILE...  statistics of neurons from an earlier run, instead of new "
-        "ones (repeatable)",
-    )
-    _add_measured(parser)
-    group = _add_metrics(parser, "point of generation")
-    group.add_argument("--no-plots", action="store_true", help="draw no plots")
-    add_options(group, analysis.SweepConfig, "repeats")
+    ranges = "time_ranges=num_time_ranges"
+    swept.of(analysis.StatisticsConfig, ranges, num_time_ranges={"default": 8})
+    swept.table("""
+        --stats [TASK=]FILE...  statistics of neurons from an earlier run, instead of new ones
+                                (repeatable)
+        """)
+    _add_measured(flags)
+    group = _add_metrics(flags, "point of generation")
+    group.table("--no-plots  draw no plots")
+    group.of(analysis.SweepConfig, "repeats")
 
 
 def run_analyze(options: argparse.Namespace) -> Report:

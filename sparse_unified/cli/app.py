@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sparse_unified._common import optional
 from sparse_unified.bagel import BagelPipeline, SamplingConfig, StepCache
 from sparse_unified.checkpoint import keys
-from sparse_unified.cli.console import CommandParser, Usage
+from sparse_unified.cli.console import Usage
 from sparse_unified.cli.generate import add_guidance, add_model, add_placement, load_pipeline
-from sparse_unified.cli.options import add_flags, add_options, arguments, positive, size
+from sparse_unified.cli.options import Flags, arguments
 from sparse_unified.nn import SparseMoE, active_experts
 from sparse_unified.surgery import count_parameters
 
@@ -159,24 +159,17 @@ def build_page(models: Models, **sampling: Any) -> Any:
     return page
 
 
-def add_app(parser: CommandParser) -> None:
-    add_model(parser, nargs="+")
-    add_flags(
-        parser,
-        """
+def add_app(flags: Flags) -> None:
+    add_model(flags, "MODEL...")
+    flags.table("""
         --host HOST  address to serve on (default 127.0.0.1: this machine alone)
         --port PORT  to serve on (default 7860)
         --open       open the page in a browser
         --size HxW   height and width of drawn images, multiples of 16
-        """,
-        host={"default": "127.0.0.1"},
-        port={"type": positive, "default": 7860},
-        size={"type": size},
-    )
-    options = "steps=num_timesteps timestep_shift cfg_text_scale cfg_renorm_min"
-    add_options(parser, SamplingConfig, options)
-    add_guidance(parser)
-    add_placement(parser, tasks=False)
+        """)
+    flags.of(SamplingConfig, "steps=num_timesteps timestep_shift cfg_text_scale cfg_renorm_min")
+    add_guidance(flags)
+    add_placement(flags, tasks=False)
 
 
 def run_app(options: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ from sparse_unified.checkpoint import (
 )
 from sparse_unified.checkpoint.files import check_target
 from sparse_unified.checkpoint.scores import describe_scores, hash_stored_ffns
-from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
-from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
+from sparse_unified.cli.console import Output, Usage, show_progress
+from sparse_unified.cli.options import Flags, arguments, ratio
 from sparse_unified.convert.info import memory
 from sparse_unified.experts.keep import select_layers
 from sparse_unified.mini.model import write_model
@@ -36,16 +36,12 @@ from sparse_unified.mini.model import write_model
 # convert
 
 
-def add_convert(parser: CommandParser) -> None:
-    add_flags(
-        parser,
-        """
+def add_convert(flags: Flags) -> None:
+    flags.table("""
         DENSE  the dense model directory
         OUT    the directory to make; must not exist
-        """,
-    )
-    add_options(
-        parser,
+        """)
+    flags.of(
         convert,
         "num_experts top_k num_shared_experts layers component",
         num_experts={"metavar": "E"},
@@ -55,27 +51,21 @@ def add_convert(parser: CommandParser) -> None:
         "a list such as 1,4-6",
         component={"choices": ("gen", "und"), "help": "FFNs to split: gen (default) or und"},
     )
-    ranking = parser.add_mutually_exclusive_group()
-    add_options(
-        ranking,
-        convert,
-        "scores seed",
-        scores={
-            "metavar": "FILE",
-            "help": "importance of each neuron: a safetensors file with one tensor 'scores' "
-            "[num_layers, width], or one tensor [width] per layer named by its index, or by "
-            "component and index as in gen.3; without it, neurons are ranked by weight magnitude",
-        },
-        seed="rank neurons at random, from this seed",
-    )
-    routing = parser.add_argument_group("who goes where")
-    add_options(routing, MoEConfig, "partition router_init time_router")
-    add_options(routing, convert, "partition_seed")
-    add_flags(
-        routing,
-        "--stats FILE.safetensors  statistics of DENSE that calibrate gathered with --inputs, "
-        "for coactivation and activation",
-    )
+    ranking = flags.exclusive()
+    ranking.table("""
+        --scores FILE  importance of each neuron: a safetensors file with one tensor 'scores'
+                       [num_layers, width], or one tensor [width] per layer named by its index, or
+                       by component and index as in gen.3; without it, neurons are ranked by weight
+                       magnitude
+        """)
+    ranking.of(convert, "seed", seed="rank neurons at random, from this seed")
+    routing = flags.group("who goes where")
+    routing.of(MoEConfig, "partition router_init time_router")
+    routing.of(convert, "partition_seed")
+    routing.table("""
+        --stats FILE.safetensors  statistics of DENSE that calibrate gathered with --inputs, for
+                                  coactivation and activation
+        """)
 
 
 def run_convert(options: argparse.Namespace) -> Report:
@@ -105,32 +95,16 @@ def run_convert(options: argparse.Namespace) -> Report:
 # prune
 
 
-def add_prune(parser: CommandParser) -> None:
-    add_flags(
-        parser,
-        """
+def add_prune(flags: Flags) -> None:
+    flags.table("""
         MODEL  a model directory, dense, sparse or pruned
         OUT    the directory to make; must not exist
-        """,
-    )
-    parser.add_argument(
-        "--component",
-        type=names("und", "gen"),
-        required=True,
-        metavar="und,gen",
-        help="which weights: understanding, generation, or both; both lose the same heads, so "
-        "that their keys and values go too",
-    )
-    parser.add_argument(
-        "--axis",
-        type=names("depth", "width", "heads"),
-        default=("width",),
-        metavar="depth,width,heads",
-        help="what to prune, in this order (default width)",
-    )
+        --component und,gen!  which weights: understanding, generation, or both; both lose the same
+                              heads, so that their keys and values go too
+        --axis depth,width,heads  what to prune, in this order (default width)
+        """)
     # Unset where not given, so that options that nothing looks at are refused.
-    add_options(
-        parser,
+    flags.of(
         PruneWidthConfig,
         "keep_ratio layers budget block_size",
         unset=True,
@@ -141,29 +115,18 @@ def add_prune(parser: CommandParser) -> None:
         },
         layers="layers to make narrower or take heads from: all (default), middle, 1-26, 1,4-6",
     )
-    add_flags(
-        parser,
-        "--skip-layers A,B-C  layers to skip, with --axis depth (or --keep-ratio and --scores)",
-    )
-    add_options(
-        parser,
-        SkipLayersConfig,
-        "skip_part=part",
-        unset=True,
-        part={"dest": "skip_part", "help": "what of them to skip (default block)"},
-    )
-    ranking = parser.add_mutually_exclusive_group()
-    add_flags(
-        ranking,
-        "--scores FILE  importance of neurons and heads: a safetensors file as for convert, "
-        "with tensors such as gen.3 [width] and gen.3.heads [groups]",
-    )
-    ranking.add_argument(
-        "--criterion",
-        choices=("magnitude", "random"),
-        help="without scores: rank by weight magnitude (default), or at random",
-    )
-    add_options(parser, prune, "seed", seed="of --criterion random")
+    flags.table("""
+        --skip-layers A,B-C  layers to skip, with --axis depth (or --keep-ratio and --scores)
+        """)
+    part = {"dest": "skip_part", "help": "what of them to skip (default block)"}
+    flags.of(SkipLayersConfig, "skip_part=part", unset=True, part=part)
+    flags.exclusive().table("""
+        --scores FILE  importance of neurons and heads: a safetensors file as for convert, with
+                       tensors such as gen.3 [width] and gen.3.heads [groups]
+        --criterion magnitude|random  without scores: rank by weight magnitude (default), or at
+                                      random
+        """)
+    flags.of(prune, "seed", seed="of --criterion random")
 
 
 def run_prune(options: argparse.Namespace) -> Report:
@@ -233,12 +196,12 @@ def _redundant(options: argparse.Namespace, component: str) -> tuple[int, ...]:
 # verify, invert, info, mini write
 
 
-def add_verify(parser: CommandParser) -> None:
-    add_flags(parser, "SPARSE  the sparse or pruned model directory")
-    parser.add_argument(
-        "--against", metavar="DENSE", required=True, help="the dense model directory"
-    )
-    add_options(parser, verify, "seed")
+def add_verify(flags: Flags) -> None:
+    flags.table("""
+        SPARSE  the sparse or pruned model directory
+        --against DENSE!  the dense model directory
+        """)
+    flags.of(verify, "seed")
 
 
 def run_verify(options: argparse.Namespace) -> Report:
@@ -252,14 +215,11 @@ def run_verify(options: argparse.Namespace) -> Report:
         return verify(options.sparse, options.against, seed=options.seed, progress=progress)
 
 
-def add_invert(parser: CommandParser) -> None:
-    add_flags(
-        parser,
-        """
+def add_invert(flags: Flags) -> None:
+    flags.table("""
         SPARSE  a directory that convert wrote
         OUT     the directory to make; must not exist
-        """,
-    )
+        """)
 
 
 def run_invert(options: argparse.Namespace) -> Report:
@@ -271,13 +231,11 @@ def run_invert(options: argparse.Namespace) -> Report:
         return invert(options.sparse, options.out, progress=progress)
 
 
-def add_info(parser: CommandParser) -> None:
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="a model directory")
-    add_flags(
-        parser,
-        "--memory  show instead which devices each way of loading it fits, computed from the "
-        "headers",
-    )
+def add_info(flags: Flags) -> None:
+    flags.table("""
+        [DIR]     a model directory
+        --memory  show instead which devices each way of loading it fits, computed from the headers
+        """)
 
 
 def run_info(options: argparse.Namespace) -> Report:
@@ -286,16 +244,16 @@ def run_info(options: argparse.Namespace) -> Report:
     Reads headers only. Without DIR: version, ABI and build of the compiled library, and what it
     runs on. Exit status 1 when anything disagrees.
     """
-    if options.directory is None:
+    if options.dir is None:
         if options.memory:
             raise Usage("info: --memory must come with DIR, got none")
         return build_info()
-    return memory(options.directory) if options.memory else info(options.directory)
+    return memory(options.dir) if options.memory else info(options.dir)
 
 
-def add_mini_write(parser: CommandParser) -> None:
-    parser.add_argument("task", choices=["scenes"])
-    add_flags(parser, "OUT  model directory, for generate, convert, ...")
+def add_mini_write(flags: Flags) -> None:
+    flags.parser.add_argument("task", choices=["scenes"])
+    flags.table("OUT  model directory, for generate, convert, ...")
 
 
 def run_mini_write(options: argparse.Namespace) -> Report:
@@ -313,9 +271,9 @@ MODEL              a model directory
 """
 
 
-def add_card(parser: CommandParser) -> None:
-    add_flags(parser, _CARD)
-    add_flags(parser, "--name ID  the id it will have on the hub")
+def add_card(flags: Flags) -> None:
+    flags.table(_CARD)
+    flags.table("--name ID  the id it will have on the hub")
 
 
 def run_card(options: argparse.Namespace) -> Report:
@@ -327,16 +285,13 @@ def run_card(options: argparse.Namespace) -> Report:
     return Output(text=f"wrote {path}", document={"card": str(path)})
 
 
-def add_push(parser: CommandParser) -> None:
-    add_flags(parser, _CARD)
-    add_flags(
-        parser,
-        """
+def add_push(flags: Flags) -> None:
+    flags.table(_CARD)
+    flags.table("""
         REPO            owner/name, made if it is not there
         --private       for you alone, if it is made
         --revision REV  branch to upload to
-        """,
-    )
+        """)
 
 
 def run_push(options: argparse.Namespace) -> Report:

@@ -45,7 +45,7 @@ class Output(Report):
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are exceptions, and which takes no abbreviated options.
 
-    A command NAME is two functions of a module of this package: `add_NAME(parser)` adds its
+    A command NAME is two functions of a module of this package: `add_NAME(flags)` adds its
     options, `run_NAME(options)` returns the report to print (None prints nothing), and its
     docstring is the description. The module is imported when the command is parsed.
 
@@ -74,7 +74,8 @@ class CommandParser(argparse.ArgumentParser):
         run = getattr(module, f"run_{name}")
         self.description = inspect.getdoc(run)
         self.set_defaults(run=run, outputs=())
-        getattr(module, f"add_{name}")(self)
+        flags = import_module(f"{__package__}.options").Flags(self)
+        getattr(module, f"add_{name}")(flags)
         self.add_argument(
             "--json",
             metavar="PATH.json",

@@ -19,33 +19,26 @@ from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.samples import Sample, read_lines
 from sparse_unified.analysis.statistics import hash_model
 from sparse_unified.cli.analysis import add_shard, add_swept, shard_of
-from sparse_unified.cli.console import CommandParser, show_progress
+from sparse_unified.cli.console import show_progress
 from sparse_unified.cli.generate import add_model, check_device
-from sparse_unified.cli.options import add_flags, add_options, arguments, dtype_of, positive
+from sparse_unified.cli.options import Flags, arguments, dtype_of
 
 
-def add_decoder(parser: CommandParser) -> None:
-    add_model(parser, lora=False)
-    add_flags(
-        parser,
-        """
-        --out DIR            folder of the results
-        --texts FILE         texts the model reads, one a line
+def add_decoder(flags: Flags) -> None:
+    add_model(flags, lora=False)
+    flags.table("""
+        --out DIR!           folder of the results
+        --texts FILE!        texts the model reads, one a line
         --samples N          the first N texts
         --max-tokens N       most tokens of a text (default 256)
         --tokenizer DIR      where the tokenizer is (default: with the model)
         --loader MODULE:FUNCTION  a function from MODEL to (model, tokenizer), for models that
                                   transformers has no class for; a file may be named instead
         --no-plots           draw no plots
-        """,
-        out={"required": True},
-        texts={"required": True},
-        samples={"type": positive},
-        max_tokens={"type": positive, "default": 256},
-    )
-    add_swept(parser.add_argument_group("what is swept"))
-    add_options(parser, analysis.SweepConfig, "seed repeats", seed="of random choices")
-    add_shard(parser)
+        """)
+    add_swept(flags.group("what is swept"))
+    flags.of(analysis.SweepConfig, "seed repeats", seed="of random choices")
+    add_shard(flags)
 
 
 def run_decoder(options: argparse.Namespace) -> Report:

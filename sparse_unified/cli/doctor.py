@@ -10,8 +10,8 @@ import torch
 
 from sparse_unified import doctor
 from sparse_unified._common import Report
-from sparse_unified.cli.console import CommandParser, Output, show_progress
-from sparse_unified.cli.options import add_flags, positive, value
+from sparse_unified.cli.console import Output, show_progress
+from sparse_unified.cli.options import Flags
 
 _FLAGS = """
 --device NAME   cpu, cuda or cuda:N (default: cuda where torch finds one)
@@ -19,21 +19,14 @@ _FLAGS = """
 """
 
 
-_TOKENS = value(
-    "positive integers, each once",
-    lambda text: tuple(map(int, text.split(","))),
-    lambda found: min(found) > 0 and len(set(found)) == len(found),
-)
-
-
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     stall = {} if options.stall is None else {"stall": float(options.stall)}
     return {"device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"), **stall}
 
 
-def add_doctor(parser: CommandParser) -> None:
-    add_flags(parser, _FLAGS, stall={"type": positive})
-    add_flags(parser, "--reset  forget what was found out about the device, and end")
+def add_doctor(flags: Flags) -> None:
+    flags.table(_FLAGS)
+    flags.table("--reset  forget what was found out about the device, and end")
 
 
 def run_doctor(options: argparse.Namespace) -> Report:
@@ -52,11 +45,10 @@ def run_doctor(options: argparse.Namespace) -> Report:
         return doctor.examine(**given, progress=progress)
 
 
-def add_tune(parser: CommandParser) -> None:
-    add_flags(parser, "MODEL  a model directory with sparse FFNs")
-    add_flags(parser, _FLAGS, stall={"type": positive})
-    text = "numbers of tokens (default 256,1024,4096)"
-    add_flags(parser, f"--tokens N,N  {text}", tokens={"type": _TOKENS})
+def add_tune(flags: Flags) -> None:
+    flags.table("MODEL  a model directory with sparse FFNs")
+    flags.table(_FLAGS)
+    flags.table("--tokens N,N  numbers of tokens (default: 256,1024,4096)")
 
 
 def run_tune(options: argparse.Namespace) -> Report:

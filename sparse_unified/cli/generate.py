@@ -16,62 +16,45 @@ from sparse_unified.bagel import BagelPipeline, SamplingConfig, StepCache
 from sparse_unified.bagel.images import open_image
 from sparse_unified.bagel.loading import Placement
 from sparse_unified.checkpoint.files import replace_file
-from sparse_unified.cli.console import CommandParser, Output, Usage
+from sparse_unified.cli.console import Output, Usage
 from sparse_unified.cli.options import (
     IMAGE_FORMATS,
-    add_flags,
-    add_options,
+    Flags,
     arguments,
-    device_map,
     dtype_of,
     image_path,
-    max_memory,
-    prompt,
-    size,
-    storage,
     value,
 )
 from sparse_unified.surgery import load_lora_
 
 
-def add_model(parser: argparse.ArgumentParser, *, lora: bool = True, **model: Any) -> None:
-    """Adds the model, its dtype, device and adapters; `model` is what else `add_argument` takes."""
-    add_flags(parser, "MODEL  a model directory or a hub id owner/name", model=model)
-    add_options(
-        parser,
+def add_model(flags: Flags, usage: str = "MODEL", *, lora: bool = True) -> None:
+    """Adds the model, or several, their dtype and device, and adapters of one."""
+    flags.table(f"{usage}  a model directory or a hub id owner/name")
+    flags.of(
         BagelPipeline.from_pretrained,
         "dtype device",
         dtype="of weights and computation (default: as in the files)",
         device="cpu, cuda, cuda:1, ...",
     )
-    if lora and not model:  # which may be several
-        add_flags(parser, "--lora DIR  LoRA adapters to merge into the weights, of adapt or peft")
+    if lora and usage == "MODEL":
+        flags.table("--lora DIR  LoRA adapters to merge into the weights, of adapt or peft")
 
 
-def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
+def add_placement(flags: Flags, *, tasks: bool) -> None:
     """Adds what `from_pretrained` takes for small GPUs; `tasks` adds what is for images alone."""
-    group = parser.add_argument_group(
-        "small GPUs", "what fits where: sparse-unified info MODEL --memory"
-    )
+    group = flags.group("small GPUs", "what fits where: sparse-unified info MODEL --memory")
     options = ("task " if tasks else "") + "offload offload_folder"
-    add_options(group, BagelPipeline.from_pretrained, options)
-    add_flags(
-        group,
-        """
-        --storage KIND      FFN weights as int8, fp8, fp8-compute (multiplied in fp8, on GPUs of 9.x
-                            and 10.x) or nvfp4, or by component und=int8,gen=nvfp4
-        --device-map MAP    auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate
-        --max-memory SIZES  with --device-map auto, such as 0=20GiB,cpu=60GiB
-        """,
-        storage={"type": storage},
-        device_map={"type": device_map},
-        max_memory={"type": max_memory, "metavar": "DEVICE=SIZE,..."},
-    )
+    group.of(BagelPipeline.from_pretrained, options)
+    group.table("""
+        --storage KIND    FFN weights as int8, fp8, fp8-compute (multiplied in fp8, on GPUs of 9.x
+                          and 10.x) or nvfp4, or by component und=int8,gen=nvfp4
+        --device-map MAP  auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate
+        --max-memory DEVICE=SIZE,...  with --device-map auto, such as 0=20GiB,cpu=60GiB
+        """)
     if tasks:
-        speed = parser.add_argument_group("speed")
         modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-        add_flags(
-            speed,
+        flags.group("speed").table(
             """
             --compile MODE  compile the denoising step as one graph, in a mode of torch.compile
             --cuda-graphs   record the denoising step and replay it
@@ -90,18 +73,18 @@ _top_k = value(
 )
 
 
-def add_top_k(parser: argparse.ArgumentParser) -> None:
+def add_top_k(flags: Flags) -> None:
     """Adds how many experts are active where images are sampled, by time if that is wished."""
-    text = "experts of a token in sparse FFNs; 4,0.5:8 are 4, and 8 from time 0.5 on (time falls "
-    text += "from 1 to 0) (default: those of the model)"
-    options = {"type": _top_k, "metavar": "K[,T:K...]", "help": text}
-    add_options(parser, SamplingConfig, "top_k", unset=True, top_k=options)
+    flags.table(
+        "--top-k K[,T:K...]  experts of a token in sparse FFNs; 4,0.5:8 are 4, and 8 from time 0.5 "
+        "on (time falls from 1 to 0) (default: those of the model)",
+        top_k={"type": _top_k},
+    )
 
 
-def add_guidance(parser: argparse.ArgumentParser) -> None:
+def add_guidance(flags: Flags) -> None:
     """Adds the settings of guidance that are others when an image is edited."""
-    add_options(
-        parser,
+    flags.of(
         SamplingConfig,
         "cfg_img_scale cfg_interval cfg_renorm_type",
         unset=True,
@@ -152,48 +135,38 @@ def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
     return pipeline
 
 
-def add_generate(parser: CommandParser) -> None:
-    add_model(parser)
-    parser.set_defaults(outputs=("out",))
-    add_flags(
-        parser,
+def add_generate(flags: Flags) -> None:
+    add_model(flags)
+    flags.parser.set_defaults(outputs=("out",))
+    flags.table(
         """
         --prompt PROMPT...   what to show (repeatable)
         --prompts-file FILE  more prompts, one a line; blank lines are skipped
         --image FILE...      an image to edit: with one prompt repeatable, with several one for all
                              or one each
-        --out FILE           the image to write (.png, .jpg, .webp); with several prompts x.png
+        --out FILE!          the image to write (.png, .jpg, .webp); with several prompts x.png
                              becomes x-0.png, x-1.png, ...
         --size HxW           height and width in pixels, multiples of 16
         """,
-        prompt={"type": prompt},
-        out={"type": image_path, "required": True},
-        size={"type": size},
+        out={"type": image_path},
     )
-    add_options(
-        parser,
+    flags.of(
         BagelPipeline.generate,
         "seed think max_think_tokens=max_think_length think_temperature batch_size tiled",
         seed="of the noise, counted up from image to image (default random)",
     )
-    add_options(
-        parser,
+    flags.of(
         SamplingConfig,
         "steps=num_timesteps timestep_shift cfg_text_scale cfg_renorm_min",
         num_timesteps="timesteps, one more than forward passes",
         timestep_shift="above 1 has more noise for longer",
         cfg_text_scale="of classifier-free guidance: weight of the prompt",
     )
-    add_guidance(parser)
-    add_options(
-        parser,
-        StepCache,
-        "cache_interval=interval cache_order=order",
-        interval={"default": 1},
-        order={"choices": range(4)},
-    )
-    add_top_k(parser)
-    add_placement(parser, tasks=True)
+    add_guidance(flags)
+    cache = "cache_interval=interval cache_order=order"
+    flags.of(StepCache, cache, interval={"default": 1}, order={"choices": range(4)})
+    add_top_k(flags)
+    add_placement(flags, tasks=True)
 
 
 def run_generate(options: argparse.Namespace) -> Output:
@@ -202,24 +175,15 @@ def run_generate(options: argparse.Namespace) -> Output:
     if options.prompts_file is not None:
         prompts += [line for _, line in read_lines(options.prompts_file, "--prompts-file")]
     images: list[Any] = [open_image(path, where="--image") for path in options.image]
-    for is_wrong, rule in (
-        (not prompts, "--prompt or --prompts-file must give a prompt, got none"),
-        (
-            len(prompts) > 1 and len(images) not in (0, 1, len(prompts)),
-            f"--image must be given once or once for each of {len(prompts)} prompts, "
-            f"got {len(images)}",
-        ),
-        (
-            options.task == "image" and images,
-            "--task must be edit or all with --image, got image",
-        ),
-        (
-            options.task != "all" and options.think,
-            f"--task must be all with --think, got {options.task}",
-        ),
-    ):
-        if is_wrong:
-            raise Usage(f"generate: {rule}")
+    if not prompts:
+        raise Usage("generate: --prompt or --prompts-file must give a prompt, got none")
+    if len(prompts) > 1 and len(images) not in (0, 1, len(prompts)):
+        rule = f"must be given once or once for each of {len(prompts)} prompts, got {len(images)}"
+        raise Usage(f"generate: --image {rule}")
+    if options.task == "image" and images:
+        raise Usage("generate: --task must be edit or all with --image, got image")
+    if options.task != "all" and options.think:
+        raise Usage(f"generate: --task must be all with --think, got {options.task}")
     if len(prompts) == 1:
         images = [images] if images else []
     elif len(images) == 1:
@@ -257,22 +221,14 @@ def run_generate(options: argparse.Namespace) -> Output:
     return Output(text="\n".join(lines), document=document)
 
 
-def add_chat(parser: CommandParser) -> None:
-    add_model(parser)
-    add_flags(
-        parser,
-        """
-        --prompt PROMPT  the question
-        --image FILE...  an image (repeatable)
-        """,
-        prompt={"type": prompt, "required": True},
-    )
-    add_options(
-        parser,
-        BagelPipeline.chat,
-        "max_tokens=max_length temperature seed think top_k",
-    )
-    add_placement(parser, tasks=False)
+def add_chat(flags: Flags) -> None:
+    add_model(flags)
+    flags.table("""
+        --prompt PROMPT!  the question
+        --image FILE...   an image (repeatable)
+        """)
+    flags.of(BagelPipeline.chat, "max_tokens=max_length temperature seed think top_k")
+    add_placement(flags, tasks=False)
 
 
 def run_chat(options: argparse.Namespace) -> Output:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options made from config dataclasses and functions: flag, type, choices, default and help.
+"""Flags from config dataclasses, functions and tables: name, type, choices, default and help.
 
 A parameter gives its name to the flag, its annotation the type, and the Args of the docstring the
 help, so that none of them is written twice. What remains here are the types of values.
@@ -27,73 +27,106 @@ from sparse_unified.surgery.quantize import STORAGES
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = ("float32", "bfloat16", "float16")
 
-# What `add_options` may be told of a flag: other help, or other arguments of add_argument.
+# What a flag may be told beside its source: other help, or other arguments of add_argument.
 Changes = str | Mapping[str, Any]
 
 
-def add_options(
-    group: Any, source: Callable[..., Any], flags: str, *, unset: bool = False, **changes: Changes
-) -> None:
-    """Adds flags for parameters of a config dataclass or a function.
+class Flags:
+    """Adds the flags of a command to its parser, or to a group of them."""
 
-    Args:
-        group: of a parser.
-        source: whose parameters they are.
-        flags: with blanks between: "seed" for --seed, "lr=learning_rate" for one that is named
-            otherwise.
-        unset: flags that are not given are None, whatever their default.
-        changes: by parameter: its help, or what else `add_argument` is to be given.
-    """
-    parameters, said = inspect.signature(source).parameters, described(source)
-    for flag in flags.split():
-        short, _, name = flag.partition("=")
-        name = name or short
-        parameter = parameters[name]
-        annotation = parameter.annotation
-        if isinstance(annotation, str):
-            # Of this parameter alone: others may name what only a type checker imports.
-            alone = types.SimpleNamespace(__annotations__={name: annotation})
-            module = sys.modules[source.__module__]
-            annotation = typing.get_type_hints(alone, vars(module))[name]
-        made = {"dest": name, **_type_of(name, annotation, parameter.default)}
-        if not unset and parameter.default is inspect.Parameter.empty:
-            made["required"] = True
-        elif not unset and made.get("action") != "store_true":
-            made["default"] = plain(parameter.default)
-        if short != name and not {"metavar", "choices", "action"} & made.keys():
-            made["metavar"] = short.upper()
-        change = changes.get(name, {})
-        made |= {"help": change} if isinstance(change, str) else change
-        text, default = made.get("help") or said.get(name, ""), made.get("default")
-        if default is not None and default is not False and "default" not in text:
-            values = default if isinstance(default, tuple) else (default,)
-            shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-            text = f"{text} (default {shown})"
-        made["help"] = re.sub('[`"]', "", text).replace("%", "%%").strip()
-        group.add_argument("--" + short.replace("_", "-"), **made)
+    def __init__(self, parser: argparse.ArgumentParser, group: Any = None) -> None:
+        self.parser, self._group = parser, parser if group is None else group
 
+    def group(self, title: str, description: str | None = None) -> Flags:
+        """Returns what adds flags below a title."""
+        return Flags(self.parser, self.parser.add_argument_group(title, description))
 
-def add_flags(group: Any, table: str, **changes: Mapping[str, Any]) -> None:
-    """Adds what takes text as it is, given as a table: usage, two blanks or more, and help.
+    def exclusive(self) -> Flags:
+        """Returns what adds flags of which one may be given."""
+        return Flags(self.parser, self.parser.add_mutually_exclusive_group())
 
-    MODEL is an argument, `--image FILE` an option, `--image FILE...` one that may be repeated, and
-    `--edit` a switch. A line without usage goes on with the help above it. `changes` are what else
-    `add_argument` is to be given, by name.
-    """
-    for row in re.split(r"\n(?=\S)", inspect.cleandoc(table)):
-        usage, text = re.split(r" {2,}", row, maxsplit=1)
-        flag, _, metavar = usage.partition(" ")
-        options: dict[str, Any] = {"help": " ".join(text.split()).replace("%", "%%")}
-        if metavar.endswith("..."):
-            options |= {"action": "append", "default": [], "metavar": metavar[:-3]}
-        elif metavar:
-            options |= {"metavar": metavar}
-        elif flag.startswith("--"):
-            options |= {"action": "store_true"}
-        else:
-            flag, options["metavar"] = flag.lower(), flag
-        name = flag.lstrip("-").replace("-", "_")
-        group.add_argument(flag, **{**options, **changes.get(name, {})})
+    def of(
+        self, source: Callable[..., Any], flags: str, *, unset: bool = False, **changes: Changes
+    ) -> None:
+        """Adds flags for parameters of a config dataclass or a function.
+
+        Args:
+            source: whose parameters they are.
+            flags: with blanks between: "seed" for --seed, "lr=learning_rate" for one that is named
+                otherwise.
+            unset: flags that are not given are None, whatever their default.
+            changes: by parameter.
+        """
+        parameters, said = inspect.signature(source).parameters, described(source)
+        for flag in flags.split():
+            short, _, name = flag.partition("=")
+            name = name or short
+            parameter = parameters[name]
+            annotation = parameter.annotation
+            if isinstance(annotation, str):
+                # Of this parameter alone: others may name what only a type checker imports.
+                alone = types.SimpleNamespace(__annotations__={name: annotation})
+                module = sys.modules[source.__module__]
+                annotation = typing.get_type_hints(alone, vars(module))[name]
+            made = {"dest": name, **_type_of(name, annotation, parameter.default)}
+            if not unset and parameter.default is inspect.Parameter.empty:
+                made["required"] = True
+            elif not unset and made.get("action") != "store_true":
+                made["default"] = plain(parameter.default)
+            if short != name and not {"metavar", "choices", "action"} & made.keys():
+                made["metavar"] = short.upper()
+            change = changes.get(name, {})
+            made |= {"help": change} if isinstance(change, str) else change
+            text, default = made.get("help") or said.get(name, ""), made.get("default")
+            if default is not None and default is not False and "default" not in text:
+                values = default if isinstance(default, tuple) else (default,)
+                shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+                text = f"{text} (default {shown})"
+            made["help"] = re.sub('[`"]', "", text).replace("%", "%%").strip()
+            self._group.add_argument("--" + short.replace("_", "-"), **made)
+
+    def table(self, text: str, **changes: Changes) -> None:
+        """Adds flags given as a table: usage, two blanks or more, and help.
+
+        MODEL is an argument, `MODEL...` one or more and `[MODEL]` one or none, `--image FILE` an
+        option, `--image FILE...` one that may be repeated, `--out FILE!` one that must be given,
+        and `--edit` a switch. What stands for the value says its type: `a|b` are choices, `a,b`
+        names of which some are given, others are in `_TYPES`. Help that has "(default 4)" says the
+        default. A line without usage goes on with the help above it.
+
+        Args:
+            text: the table.
+            changes: by name.
+        """
+        for row in re.split(r"\n(?=\S)", inspect.cleandoc(text)):
+            usage, words = re.split(r" {2,}", row, maxsplit=1)
+            flag, _, metavar = usage.partition(" ")
+            words = " ".join(words.split())
+            made: dict[str, Any] = {"help": words.replace("%", "%%")}
+            repeats = re.search(r"[^,]\.\.\.$", metavar)  # `A=B,...` is one value
+            shown = (metavar[:-3] if repeats else metavar).rstrip("!") or None
+            if not flag.startswith("--"):
+                shown = flag.strip("[].")
+                nargs = "?" if "[" in flag else "+" if "..." in flag else None
+                made |= {"metavar": shown, **({"nargs": nargs} if nargs else {})}
+                flag = shown.lower()
+            elif shown is None:
+                made["action"] = "store_true"
+            else:
+                made |= {"metavar": shown, "type": _TYPES.get(shown, str)}
+                if re.fullmatch("[a-z]+(,[a-z]+)+", shown):
+                    made["type"] = names(*shown.split(","))
+                default = re.search(r"\(default ([^):]+)", words)
+                if "|" in shown:
+                    made |= {"choices": tuple(shown.split("|")), "metavar": None}
+                elif repeats:
+                    made |= {"action": "append", "default": []}
+                elif default is not None:
+                    made["default"] = made["type"](default[1])
+                made["required"] = metavar.endswith("!")
+            change = changes.get(flag.lstrip("-").replace("-", "_"), {})
+            made |= {"help": change} if isinstance(change, str) else change
+            self._group.add_argument(flag, **made)
 
 
 def arguments(
@@ -303,3 +336,19 @@ max_memory = value(
     lambda text: {_number_or_text(key): own for key, own in _pairs(text).items()},
     lambda found: all(re.fullmatch(r"[0-9.]+[KMGT]i?B", own) for own in found.values()),
 )
+shard = value(
+    "I/N with I from 0 to N - 1",
+    lambda text: tuple(map(int, text.split("/"))),
+    lambda found: len(found) == 2 and 0 <= found[0] < found[1],
+)
+counts = value(
+    "positive integers, each once",
+    lambda text: tuple(map(int, text.split(","))),
+    lambda found: min(found) > 0 and len(set(found)) == len(found),
+)
+# By what stands for the value in a table.
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(("N", "PORT", "SECONDS"), positive),
+    **{"N,N": counts, "I/N": shard, "HxW": size, "PROMPT": prompt, "KIND": storage},
+    **{"MAP": device_map, "DEVICE=SIZE,...": max_memory},
+}
