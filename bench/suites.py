@@ -19,7 +19,7 @@ from sparse_unified.ops import backend, choices, reference
 from .cases import Case, work
 from .check import check_result, judge_rows
 from .measure import Call, Candidate, NotMeasured, Suite, inputs, name_of
-from .peers import PEERS, Peer, Setting, TorchFfn, draw_weights
+from .peers import PEERS, Peer, PrunedFfn, Setting, TorchFfn, draw_weights
 
 BLOCK, PRUNED = "sparse_ffn", "pruned_ffn"
 OURS = "sparse_unified"
@@ -89,9 +89,6 @@ def block_suite(
     def build(peer: Peer) -> Call:
         if direction != "fwd" and not peer.trains:
             raise NotMeasured("has no backward")
-        reason = peer.unavailable(setting)
-        if reason is not None:
-            raise NotMeasured(reason)
         provider = peer.build(setting, weights)
         for name, parameter in provider.named_parameters():
             parameter.requires_grad_(direction != "fwd_bwd_frozen" or name.endswith("gate.weight"))
@@ -221,22 +218,6 @@ def op_suites(
             },
             baselines=("torch",),
         )
-
-
-class PrunedFfn(nn.Module):
-    """pruned_ffn on the weights of `dense`; a share of its blocks is kept, drawn at random."""
-
-    def __init__(self, dense: TorchFfn, block_size: int, num_kept: int) -> None:
-        super().__init__()
-        self.dense, self.block_size = dense, block_size
-        num_blocks = dense.gate_proj.weight.shape[0] // block_size
-        drawn = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
-        self.kept_blocks = drawn[:num_kept].sort().values.int().to(dense.gate_proj.weight.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ffn = self.dense
-        weights = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
-        return ops.pruned_ffn(x, self.kept_blocks, *weights, self.block_size)
 
 
 def pruned_suite(case: Case, dtype: torch.dtype, direction: str, device: torch.device) -> Suite:

@@ -492,10 +492,7 @@ def _measured(suite: Any, device: torch.device, repeats: int) -> Run:
 
 def _beside_dense(direction: str, device: torch.device) -> dict[str, Any]:
     case, dtype = CASES[_TIMED_CASES[device.type]], _DTYPES[device.type]
-    both = {
-        "dense": PEERS["dense"],
-        suites.OURS: Peer(name=suites.OURS, build=partial(Ours, strict=False)),
-    }
+    both = {"dense": PEERS["dense"], suites.OURS: Peer(build=partial(Ours, strict=False))}
     run = _measured(
         suites.block_suite(case, dtype, direction, device, peers=both), device, repeats=9
     )
