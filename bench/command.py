@@ -7,8 +7,8 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ import torch
 from sparse_unified._common import progress_bar
 from sparse_unified.checkpoint.files import replace_file
 
-from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS
+from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS, Case
 from .measure import Run, Suite
 from .peers import PEERS
 from .plots import plot
@@ -117,48 +117,29 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("bench: --graph must go with a CUDA device, got 'cpu'")
 
 
-def suites(
-    cases: Sequence[str],
+def _suites(
+    arguments: argparse.Namespace,
+    case: Case,
     dtype: torch.dtype,
-    directions: Sequence[str],
+    direction: str,
     device: torch.device,
-    *,
-    ops: Sequence[str] | None = None,
-    providers: Sequence[str] | None = None,
-    variants: bool = False,
-) -> list[Callable[[], Iterator[Suite]]]:
-    """What the arguments ask for, case by case, each to be made when its turn comes.
-
-    Args:
-        ops: None are all, and the whole FFNs alone for other numbers of tokens than `_ALONE`.
-    """
-
-    def of(case_name: str, direction: str) -> Iterator[Suite]:
-        case = CASES[case_name]
-        chosen = ops or (ALL_OPS if case.tokens == _ALONE[device.type] else (BLOCK, PRUNED))
-        if variants:
-            yield variant_suite(case, dtype, direction, device)
-        elif case.block_size:
-            if PRUNED in chosen:
-                yield pruned_suite(case, dtype, direction, device)
-        else:
-            if BLOCK in chosen:
-                yield block_suite(case, dtype, direction, device, providers=providers)
-            single = [op for op in chosen if op in OPS]
-            if single:
-                yield from op_suites(case, dtype, direction, device, single)
-
-    return [partial(of, case, direction) for case in cases for direction in directions]
+) -> Iterator[Suite]:
+    """What the arguments ask for of a case; ops alone by default for one number of tokens."""
+    is_whole = case.tokens != _ALONE[device.type]
+    chosen = arguments.op or ((BLOCK, PRUNED) if is_whole else ALL_OPS)
+    if arguments.variants:
+        yield variant_suite(case, dtype, direction, device)
+    elif case.block_size:
+        if PRUNED in chosen:
+            yield pruned_suite(case, dtype, direction, device)
+    else:
+        if BLOCK in chosen:
+            yield block_suite(case, dtype, direction, device, providers=arguments.provider)
+        yield from op_suites(case, dtype, direction, device, chosen)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark, prints the table, saves it and draws it.
-
-    Args:
-        argv: arguments after `bench`; those of the process by default.
-
-    Returns:
-        Exit status 0.
+    """Runs the benchmark with the arguments after `bench`, prints the table, saves and draws it.
 
     Raises:
         ValueError: an argument is out of range, or the device is not there.
@@ -178,15 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeats=arguments.repeats,
         graph=arguments.graph,
     )
-    left = suites(
-        arguments.case or (CUDA_DEFAULTS if target.is_cuda else CPU_DEFAULTS),
-        dtype,
-        DIRECTIONS if arguments.direction == "all" else (arguments.direction,),
-        target.device,
-        ops=arguments.op,
-        providers=arguments.provider,
-        variants=arguments.variants,
-    )
+    cases = arguments.case or (CUDA_DEFAULTS if target.is_cuda else CPU_DEFAULTS)
+    directions = DIRECTIONS if arguments.direction == "all" else (arguments.direction,)
+    left = list(product(cases, directions))
     files: list[Path] = []
     if arguments.json not in (None, "-"):
         files.append(Path(arguments.json))
@@ -196,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.append(folder / f"{target.slug}.json")
     deadline = time.monotonic() + arguments.seconds
     with progress_bar("bench", "case") as advance:
-        for done, make in enumerate(left):
-            for suite in make():
+        for done, (case, direction) in enumerate(left):
+            for suite in _suites(arguments, CASES[case], dtype, direction, target.device):
                 run.seconds = max(deadline - time.monotonic(), 0) / (len(left) - done)
                 run.measure(suite)
                 states["after"] = target.state()

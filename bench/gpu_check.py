@@ -104,7 +104,7 @@ def environment(out: Path, device: str, seconds: float) -> bool:
     """Facts of the machine; fails where the library has no kernels for the device."""
     import torch
 
-    from sparse_unified.bench.report import commit, versions
+    from sparse_unified.bench.report import origin
     from sparse_unified.bench.suites import OPS
     from sparse_unified.bench.target import find_target
     from sparse_unified.build import build_info
@@ -113,10 +113,8 @@ def environment(out: Path, device: str, seconds: float) -> bool:
     key = "CUDA" if target.is_cuda else "CPU"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     content: dict[str, Any] = {
-        "commit": commit(),
-        "versions": versions(),
+        **origin(target.name),
         "platform": platform.platform(),
-        "device": target.name,
         "state": target.state(),
         "build": json.loads(build_info().to_json()),
         "ops": {op: bool(has_kernel(f"sparse_unified::{op}", key)) for op in (*OPS, "pruned_ffn")},

@@ -60,13 +60,7 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A provider before it is built.
-
-    Args:
-        build: makes and checks the call; whatever it raises is why the provider is not measured.
-        work: what one call computes and moves.
-        can_capture: a CUDA graph may hold it.
-    """
+    """A provider before it is built; whatever `build` raises is why it is not measured."""
 
     build: Callable[[], Call]
     work: Work
@@ -75,17 +69,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """A group of providers of one result.
+    """A group of providers of one result."""
 
-    Args:
-        subject: op, case, direction and dtype, the first fields of each record.
-        candidates: by provider.
-        baselines: those that ratios are given over; all by default.
-    """
-
-    subject: dict[str, str]
-    candidates: Mapping[str, Candidate]
-    baselines: tuple[str, ...] | None = None
+    subject: dict[str, str]  # op, case, direction and dtype, the first fields of each record
+    candidates: Mapping[str, Candidate]  # by provider
+    baselines: tuple[str, ...] | None = None  # those that ratios are given over, or all
 
 
 # Times every call of a round once: calls and the number of the round -> seconds by name.
@@ -109,11 +97,6 @@ class EventTimer:
     would be charged to the call), then a kernel waits for about the time the host needs to launch
     the call, so that the device never waits for the host within the events, unless the call itself
     synchronises. The host waits once a round.
-
-    Args:
-        device: a CUDA device.
-        flush_bytes: size of the buffer; twice the L2 cache by default.
-        cuda: stands for `torch.cuda`.
     """
 
     def __init__(
@@ -173,17 +156,12 @@ def measure_interleaved(
     warmup: int = WARMUP,
     timer: Timer = wall_clock,
     seconds: float = float("inf"),
-    on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Runs every call once per round.
+    """Runs every call once per round; returns the seconds of each round by name.
 
     Args:
-        calls: name -> function of the round number.
         repeats: rounds that count; `warmup` more come before.
         seconds: after which there are no more rounds than `LEAST_ROUNDS`.
-
-    Returns:
-        Seconds of each round by name.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     began = time.monotonic()
@@ -193,7 +171,6 @@ def measure_interleaved(
         for name, elapsed in timer(calls, turn).items():
             if turn >= 0:
                 found[name].append(elapsed)
-        on_round()
     return found
 
 
@@ -237,7 +214,6 @@ class Run:
         repeats: rounds that count.
         graph: replay CUDA graphs of what can be captured.
         seconds: to spend on a suite beyond its first rounds.
-        on_round: called after each round.
         records: a dict for each provider that was measured: subject, `summarize`, `graph`.
         missing: subject, provider and reason of the others.
     """
@@ -248,7 +224,6 @@ class Run:
     repeats: int
     graph: bool = False
     seconds: float = float("inf")
-    on_round: Callable[[], object] = lambda: None
     records: list[dict[str, Any]] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
 
@@ -272,11 +247,7 @@ class Run:
                     torch.cuda.synchronize()
             calls[name] = call
         seconds = measure_interleaved(
-            calls,
-            repeats=self.repeats,
-            timer=self.timer,
-            seconds=self.seconds,
-            on_round=self.on_round,
+            calls, repeats=self.repeats, timer=self.timer, seconds=self.seconds
         )
         for name in calls:
             work = suite.candidates[name].work

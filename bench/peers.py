@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes the sparse FFN: ours, the dense FFN in five ways, a loop, and grouped products.
 
-Each is a `Peer`, which says whether it can be built here, and builds itself from the same weights.
+Each is a `Peer`, which builds itself from the same weights, or says why it cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparse_unified.engines.transformers import register
 from sparse_unified.nn import SparseMoE
 
 from .cases import Case
-from .measure import first_line, name_of
+from .measure import NotMeasured, first_line, name_of
 
 # Blocks of the width that pruned_ffn takes, the best first.
 _BLOCK_SIZES = (128, 64, 32, 16)
@@ -74,11 +74,19 @@ class Provider(nn.Module):
     """One implementation, built for a case: x [T, D] -> y [T, D].
 
     Router parameters are named `...gate.weight`; all others belong to experts.
+
+    Raises:
+        NotMeasured: it cannot run in this setting.
     """
 
     has_router = True
-    gate: nn.Linear
-    top_k: int
+
+    def __init__(self, setting: Setting, weights: Weights) -> None:
+        super().__init__()
+        case = setting.case
+        self.num_experts, self.top_k = case.num_experts, case.top_k
+        self.gate = nn.Linear(case.hidden_size, case.num_experts, bias=False, device="meta")
+        self.gate.weight = nn.Parameter(weights.gate.clone())
 
     def routing(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What forward uses: weights [T, K] fp32 and experts [T, K]; the result is judged by it."""
@@ -91,17 +99,13 @@ class Peer:
     """An implementation, before it is built.
 
     Args:
-        name: in tables and results.
-        unavailable: why it cannot run in a setting, or None.
         build: makes it; may raise anything, which is then the reason why it was not measured.
         formula: of `work`, what it computes.
         trains: it has a backward pass.
         synchronises: it reads sizes back to the host, so no graph can hold it.
     """
 
-    name: str
     build: Callable[[Setting, Weights], Provider]
-    unavailable: Callable[[Setting], str | None] = lambda _: None
     formula: str = "sparse_ffn"
     trains: bool = True
     synchronises: bool = False
@@ -124,6 +128,22 @@ class TorchFfn(nn.Module):
         return y
 
 
+class PrunedFfn(nn.Module):
+    """pruned_ffn on the weights of `dense`; some of its blocks are kept, drawn at random."""
+
+    def __init__(self, dense: TorchFfn, block_size: int, num_kept: int) -> None:
+        super().__init__()
+        self.dense, self.block_size = dense, block_size
+        num_blocks = dense.gate_proj.weight.shape[0] // block_size
+        drawn = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
+        self.kept_blocks = drawn[:num_kept].sort().values.int().to(dense.gate_proj.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ffn = self.dense
+        weights = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
+        return ops.pruned_ffn(x, self.kept_blocks, *weights, self.block_size)
+
+
 def _torch_ffn(weights: Weights, rows: slice) -> TorchFfn:
     """A dense FFN of some of the neurons, in memory of its own."""
     ffn = TorchFfn(weights.gate_proj.shape[1], 1, device="meta")
@@ -141,10 +161,9 @@ class Dense(Provider):
     def __init__(
         self, setting: Setting, weights: Weights, *, half: bool = False, compiled: bool = False
     ) -> None:
-        super().__init__()
-        case = setting.case
-        self.num_experts = case.top_k if half else case.num_experts
-        self.ffn = _torch_ffn(weights, slice(self.num_experts * case.expert_width))
+        super().__init__(setting, weights)
+        self.num_experts = self.top_k if half else self.num_experts
+        self.ffn: Any = _torch_ffn(weights, slice(self.num_experts * setting.case.expert_width))
         if compiled:
             # Other sizes of the same function count against a limit of the compiler.
             torch.compiler.reset()
@@ -165,19 +184,10 @@ class DenseOurs(Dense):
     def __init__(self, setting: Setting, weights: Weights) -> None:
         super().__init__(setting, weights)
         width = setting.case.intermediate_size
-        self.block_size = next(size for size in _BLOCK_SIZES if width % size == 0)
-        self.kept = torch.arange(width // self.block_size, dtype=torch.int32, device=setting.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ffn = self.ffn
-        weights = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
-        return ops.pruned_ffn(x, self.kept, *weights, self.block_size)
-
-
-def _no_blocks(setting: Setting) -> str | None:
-    if setting.case.intermediate_size % _BLOCK_SIZES[-1]:
-        return f"needs a width that is a multiple of {_BLOCK_SIZES[-1]}"
-    return None
+        if width % _BLOCK_SIZES[-1]:
+            raise NotMeasured(f"needs a width that is a multiple of {_BLOCK_SIZES[-1]}")
+        size = next(size for size in _BLOCK_SIZES if width % size == 0)
+        self.ffn = PrunedFfn(self.ffn, size, width // size)
 
 
 class DenseOneDnn(Dense):
@@ -185,6 +195,14 @@ class DenseOneDnn(Dense):
     its AVX2 path on AMD processors."""
 
     def __init__(self, setting: Setting, weights: Weights) -> None:
+        if setting.device.type != "cpu":
+            raise NotMeasured("needs the CPU")
+        # It multiplies bf16 where the processor has AVX-512 or its like.
+        is_taken = setting.dtype == torch.float32 or (
+            setting.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        if not (torch.backends.mkldnn.is_available() and is_taken):
+            raise NotMeasured(f"oneDNN takes no {name_of(setting.dtype)} on this processor")
         super().__init__(setting, weights)
         pack, ffn = torch.ops.mkldnn._reorder_linear_weight, self.ffn
         self.packed = [
@@ -199,18 +217,6 @@ class DenseOneDnn(Dense):
         return y
 
 
-def _no_onednn(setting: Setting) -> str | None:
-    """oneDNN multiplies bf16 where the processor has AVX-512 or its like."""
-    if setting.device.type != "cpu":
-        return "needs the CPU"
-    is_taken = setting.dtype == torch.float32 or (
-        setting.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if torch.backends.mkldnn.is_available() and is_taken:
-        return None
-    return f"oneDNN takes no {name_of(setting.dtype)} on this processor"
-
-
 # Sparse
 
 
@@ -218,13 +224,10 @@ class ExpertLoop(Provider):
     """The official style: a module per expert, a Python loop, one `index_add` per expert."""
 
     def __init__(self, setting: Setting, weights: Weights) -> None:
-        super().__init__()
-        case, width = setting.case, setting.case.expert_width
-        self.top_k = case.top_k
-        self.gate = nn.Linear(case.hidden_size, case.num_experts, bias=False, device="meta")
-        self.gate.weight = nn.Parameter(weights.gate.clone())
+        super().__init__(setting, weights)
+        width = setting.case.expert_width
         self.experts = nn.ModuleList(
-            _torch_ffn(weights, slice(e * width, (e + 1) * width)) for e in range(case.num_experts)
+            _torch_ffn(weights, slice(e * width, (e + 1) * width)) for e in range(self.num_experts)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,11 +252,8 @@ class GroupedMm(Provider):
     """
 
     def __init__(self, setting: Setting, weights: Weights) -> None:
-        super().__init__()
-        self.num_experts, self.top_k = setting.case.num_experts, setting.case.top_k
+        super().__init__(setting, weights)
         hidden_size = setting.case.hidden_size
-        self.gate = nn.Linear(hidden_size, self.num_experts, bias=False, device="meta")
-        self.gate.weight = nn.Parameter(weights.gate.clone())
         gate, up = (
             w.view(self.num_experts, -1, hidden_size) for w in (weights.gate_proj, weights.up_proj)
         )
@@ -279,13 +279,6 @@ class GroupedMm(Provider):
         return torch.bmm(weights.to(x.dtype).unsqueeze(1), of_token).squeeze(1)
 
 
-def _no_grouped_mm(setting: Setting) -> str | None:
-    per_row = 16 // setting.dtype.itemsize
-    if setting.case.hidden_size % per_row or setting.case.expert_width % per_row:
-        return f"needs hidden size and expert width to be multiples of {per_row}"
-    return None
-
-
 class TransformersExperts(GroupedMm):
     """The expert functions of transformers 5, `grouped_mm` and ours among them: functions of a
     module with these weights and flags, tokens, experts and weights."""
@@ -296,9 +289,13 @@ class TransformersExperts(GroupedMm):
 
     def __init__(self, setting: Setting, weights: Weights, name: str) -> None:
         super().__init__(setting, weights)
-        from transformers.integrations import moe
+        try:  # importing it is the only proof, and may raise anything
+            from transformers.integrations import moe
 
-        register()
+            register()
+        except Exception as error:
+            reason = f"transformers 5 cannot be imported: {first_line(error)}"
+            raise NotMeasured(reason) from error
         self.function: Any = moe.ALL_EXPERTS_FUNCTIONS[name]
         type(self)._apply_gate = moe._default_apply_gate
         self.act_fn = nn.SiLU()
@@ -308,28 +305,11 @@ class TransformersExperts(GroupedMm):
         return y
 
 
-def _no_transformers(setting: Setting) -> str | None:
-    """Importing it is the only proof, and may raise anything."""
-    try:
-        from transformers.integrations.moe import grouped_mm_experts_forward  # noqa: F401
-    except Exception as error:
-        return f"transformers 5 cannot be imported: {first_line(error)}"
-    return None
-
-
-def _transformers(name: str) -> Peer:
-    return Peer(
-        name=f"transformers_{name}",
-        build=partial(TransformersExperts, name=name),
-        unavailable=_no_transformers,
-    )
-
-
 class Ours(Provider):
     """`SparseMoE` on the kernels of the device, or else on composed torch ops if not `strict`."""
 
     def __init__(self, setting: Setting, weights: Weights, *, strict: bool = True) -> None:
-        super().__init__()
+        super().__init__(setting, weights)
         case = setting.case
         self.block = SparseMoE(
             case.hidden_size,
@@ -342,12 +322,12 @@ class Ours(Provider):
             device="meta",
             dtype=setting.dtype,
         )
-        self.block.gate.weight = nn.Parameter(weights.gate.clone())
+        self.block.gate = self.gate
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(self.block, name, nn.Parameter(getattr(weights, name).clone()))
 
     def routing(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, topk_logits, topk_idx = ops.route_topk(x, self.block.gate.weight, self.block.top_k)
+        _, topk_logits, topk_idx = ops.route_topk(x, self.gate.weight, self.top_k)
         return 1 + topk_logits, topk_idx
 
     def forward(self, x: Tensor) -> Tensor:
@@ -355,19 +335,15 @@ class Ours(Provider):
         return y
 
 
-_dense = partial(Peer, formula="dense_ffn")
-PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for peer in (
-        _dense(name="dense", build=Dense),
-        Peer(name="dense_half", build=partial(Dense, half=True), formula="half_ffn"),
-        _dense(name="dense_compile", build=partial(Dense, compiled=True)),
-        _dense(name="dense_onednn", build=DenseOneDnn, unavailable=_no_onednn, trains=False),
-        _dense(name="dense_ours", build=DenseOurs, unavailable=_no_blocks),
-        Peer(name="expert_loop", build=ExpertLoop, synchronises=True),
-        Peer(name="grouped_mm", build=GroupedMm, unavailable=_no_grouped_mm),
-        _transformers("grouped_mm"),
-        _transformers("sparse_unified"),
-        Peer(name="sparse_unified", build=Ours),
-    )
+PEERS = {
+    "dense": Peer(build=Dense, formula="dense_ffn"),
+    "dense_half": Peer(build=partial(Dense, half=True), formula="half_ffn"),
+    "dense_compile": Peer(build=partial(Dense, compiled=True), formula="dense_ffn"),
+    "dense_onednn": Peer(build=DenseOneDnn, formula="dense_ffn", trains=False),
+    "dense_ours": Peer(build=DenseOurs, formula="dense_ffn"),
+    "expert_loop": Peer(build=ExpertLoop, synchronises=True),
+    "grouped_mm": Peer(build=GroupedMm),
+    "transformers_grouped_mm": Peer(build=partial(TransformersExperts, name="grouped_mm")),
+    "transformers_sparse_unified": Peer(build=partial(TransformersExperts, name="sparse_unified")),
+    "sparse_unified": Peer(build=Ours),
 }

@@ -58,13 +58,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def origin(device: str) -> dict[str, Any]:
+    """What every file of results begins with: commit, date, device and versions."""
+    today = datetime.date.today().isoformat()
+    return {"commit": commit(), "date": today, "device": device, "versions": versions()}
+
+
 def as_json(run: Run, target: Target, states: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The schema of every file in bench/results."""
     return {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": target.name,
-        "versions": versions(),
+        **origin(target.name),
         "roof": asdict(run.roof),
         "records": run.records,
         "not_measured": run.missing,

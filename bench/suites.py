@@ -19,7 +19,7 @@ from sparse_unified.ops import backend, choices, reference
 from .cases import Case, work
 from .check import check_result, judge_rows
 from .measure import Call, Candidate, NotMeasured, Suite, inputs, name_of
-from .peers import PEERS, Peer, Setting, TorchFfn, draw_weights
+from .peers import PEERS, Peer, PrunedFfn, Setting, TorchFfn, draw_weights
 
 BLOCK, PRUNED = "sparse_ffn", "pruned_ffn"
 OURS = "sparse_unified"
@@ -89,9 +89,6 @@ def block_suite(
     def build(peer: Peer) -> Call:
         if direction != "fwd" and not peer.trains:
             raise NotMeasured("has no backward")
-        reason = peer.unavailable(setting)
-        if reason is not None:
-            raise NotMeasured(reason)
         provider = peer.build(setting, weights)
         for name, parameter in provider.named_parameters():
             parameter.requires_grad_(direction != "fwd_bwd_frozen" or name.endswith("gate.weight"))
@@ -119,57 +116,41 @@ def block_providers(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def op_calls(case: Case, x: Tensor) -> dict[str, tuple[dict[str, OpCall], tuple[Tensor, ...]]]:
-    """Each op on the tensors that our block would give it.
-
-    Returns:
-        Op -> calls by provider, ours and the torch reference where there is one, and what a
-        backward pass differentiates besides the tokens.
-    """
+    """Each op on the tensors that our block would give it: calls by provider, ours and the torch
+    reference where there is one, and what a backward pass differentiates besides the tokens."""
     drawn = draw_weights(case, x.dtype, x.device)
     gate, gate_proj, up_proj, down_proj = (
         nn.Parameter(w) for w in (drawn.gate, drawn.gate_proj, drawn.up_proj, drawn.down_proj)
     )
-    top_k, num_experts = case.top_k, case.num_experts
-    _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
-    offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
+    experts = gate_proj, up_proj, down_proj
+    _, topk_logits, topk_idx = ops.route_topk(x, gate, case.top_k)
+    offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, case.num_experts)
     maps = row_token, token_rows, offsets
     rows = ops.permute(x, row_token, token_rows)
-    ours: dict[str, OpCall] = {
-        "route_topk": lambda x: ops.route_topk(x, gate, top_k),
-        "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
-        "permute": lambda x: ops.permute(x, row_token, token_rows),
-        "combine": lambda _: ops.combine(rows, topk_logits, token_rows, 1.0),
-        "grouped_ffn": lambda x: ops.grouped_ffn(
-            x, row_token, offsets, gate_proj, up_proj, down_proj
-        ),
-        "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
-            x, topk_logits, *maps, gate_proj, up_proj, down_proj, 1.0
-        ),
-        "ffn_importance": lambda x: ops.ffn_importance(x, gate_proj, up_proj),
+
+    def both(call: Callable[[Any, Tensor], Any]) -> dict[str, OpCall]:
+        return {OURS: partial(call, ops), "torch": partial(call, reference)}
+
+    permute = {
+        OURS: lambda x: ops.permute(x, row_token, token_rows),
+        "torch": lambda x: reference.permute(x, row_token),
     }
-    torch_calls: dict[str, OpCall] = {
-        "route_topk": lambda x: reference.route_topk(x, gate, top_k),
-        "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
-        "permute": lambda x: reference.permute(x, row_token),
-        "combine": lambda _: reference.combine(rows, topk_logits, token_rows, 1.0),
-        "ffn_importance": lambda x: reference.ffn_importance(x, gate_proj, up_proj),
-    }
-    leaves: dict[str, tuple[Tensor, ...]] = {
-        "route_topk": (gate,),
-        "grouped_ffn_combine": (topk_logits, gate_proj, up_proj, down_proj),
-    }
+    grouped_ffn = {OURS: lambda x: ops.grouped_ffn(x, row_token, offsets, *experts)}
+    combined = {OURS: lambda x: ops.grouped_ffn_combine(x, topk_logits, *maps, *experts, 1.0)}
     return {
-        op: (
-            {OURS: ours[op]} | ({"torch": torch_calls[op]} if op in torch_calls else {}),
-            leaves.get(op, ()),
-        )
-        for op in OPS
+        "route_topk": (both(lambda by, x: by.route_topk(x, gate, case.top_k)), (gate,)),
+        "sort_by_expert": (both(lambda by, _: by.sort_by_expert(topk_idx, case.num_experts)), ()),
+        "permute": (permute, ()),
+        "combine": (both(lambda by, _: by.combine(rows, topk_logits, token_rows, 1.0)), ()),
+        "grouped_ffn": (grouped_ffn, ()),
+        "grouped_ffn_combine": (combined, (topk_logits, *experts)),
+        "ffn_importance": (both(lambda by, x: by.ffn_importance(x, gate_proj, up_proj)), ()),
     }
 
 
 def _op_call(
     call: OpCall, direction: str, xs: Sequence[Tensor], leaves: Sequence[Tensor]
-) -> Callable[[int], tuple[Tensor | None, ...]]:
+) -> Callable[[int], Any]:
     """One turn of an op: its outputs, or the gradients of the tokens and of some leaves."""
 
     def outputs(x: Tensor) -> tuple[Tensor, ...]:
@@ -187,7 +168,7 @@ def _op_call(
     trained = leaves if direction == "fwd_bwd" else ()
     grad = torch.randn_like(outputs(xs[0])[0])
 
-    def both(turn: int) -> tuple[Tensor | None, ...]:
+    def both(turn: int) -> tuple[Tensor, ...]:
         x = xs[turn % len(xs)].detach().requires_grad_()
         return torch.autograd.grad(outputs(x)[0], (x, *trained), grad, allow_unused=True)
 
@@ -202,12 +183,13 @@ def op_suites(
     chosen: Sequence[str] = OPS,
 ) -> Iterator[Suite]:
     """Each op alone beside its torch reference, as far as it has that direction."""
+    chosen = [op for op in chosen if op in _TRAINED_OPS[direction]]
+    if not chosen:
+        return
     xs = _inputs(case, dtype, device)
     with torch.no_grad():
         calls = op_calls(case, xs[0])
     for op in chosen:
-        if op not in _TRAINED_OPS[direction]:
-            continue
         runs, leaves = calls[op]
         yield Suite(
             subject=_subject(op, case, direction, dtype),
@@ -221,22 +203,6 @@ def op_suites(
             },
             baselines=("torch",),
         )
-
-
-class PrunedFfn(nn.Module):
-    """pruned_ffn on the weights of `dense`; a share of its blocks is kept, drawn at random."""
-
-    def __init__(self, dense: TorchFfn, block_size: int, num_kept: int) -> None:
-        super().__init__()
-        self.dense, self.block_size = dense, block_size
-        num_blocks = dense.gate_proj.weight.shape[0] // block_size
-        drawn = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
-        self.kept_blocks = drawn[:num_kept].sort().values.int().to(dense.gate_proj.weight.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ffn = self.dense
-        weights = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
-        return ops.pruned_ffn(x, self.kept_blocks, *weights, self.block_size)
 
 
 def pruned_suite(case: Case, dtype: torch.dtype, direction: str, device: torch.device) -> Suite:
@@ -298,13 +264,10 @@ def variant_suite(
     device: torch.device,
     variants: Sequence[str] | None = None,
 ) -> Suite:
-    """What a block does behind its router, or pruned_ffn of a case with blocks, by each variant.
+    """What a block does behind its router, or pruned_ffn of a case with blocks, by each variant: by
+    default all that the kernels know, and torch's products where they may run.
 
     Each is compared with the chosen one before it is timed. `set_variant(CHOSEN)` afterwards.
-
-    Args:
-        variants: values of the environment variable; by default all that the kernels know, and
-            torch's products where they may run.
     """
     xs = _inputs(case, dtype, device)
     if case.block_size:
@@ -315,22 +278,18 @@ def variant_suite(
     else:
         op = formula = "grouped_ffn_combine"
         drawn = draw_weights(case, dtype, device)
-        gate, up, down = (
-            nn.Parameter(w) for w in (drawn.gate_proj, drawn.up_proj, drawn.down_proj)
-        )
+        own = tuple(nn.Parameter(w) for w in (drawn.gate_proj, drawn.up_proj, drawn.down_proj))
         _, weights, idx = ops.route_topk(xs[0], drawn.gate, case.top_k)
 
         def experts(x: Tensor) -> Tensor:
-            return run_experts(x, weights, idx, case.num_experts, gate, up, down, 1.0)
+            return run_experts(x, weights, idx, case.num_experts, *own, 1.0)
 
-        run = _op_call(experts, direction, xs, (weights, gate, up, down))
+        run = _op_call(experts, direction, xs, (weights, *own))
     expected = run(0)
 
     def build(variant: str) -> Call:
         set_variant(variant)
         for position, (found, wanted) in enumerate(zip(run(0), expected, strict=True)):
-            assert found is not None
-            assert wanted is not None
             judge_rows(f"result {position}", found, wanted, dtype)
 
         def call(turn: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,18 +34,11 @@ _STATE_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A device to measure on.
-
-    Args:
-        device: of all tensors.
-        name: for people.
-        slug: for the name of its file in bench/results.
-        timer: of its calls.
-    """
+    """A device to measure on, and how calls are timed there."""
 
     device: torch.device
-    name: str
-    slug: str
+    name: str  # for people
+    slug: str  # for the name of its file in bench/results
     timer: Timer
 
     @property
@@ -94,21 +86,12 @@ def slug(model: str) -> str:
 
 
 def device_state(device: torch.device) -> dict[str, str]:
-    """Asks nvidia-smi for the state of a CUDA device; its answers as they are.
-
-    Returns:
-        Field -> value; {"nvidia-smi": why} where it gives none.
-    """
+    """What nvidia-smi says of a CUDA device, by field; or {"nvidia-smi": why it says nothing}."""
     uuid = torch.cuda.get_device_properties(device).uuid
-    query = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={','.join(_STATE_FIELDS)}"]
+    fields = ",".join(_STATE_FIELDS)
+    query = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        run = subprocess.run(
-            [*query, "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        run = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return {"nvidia-smi": str(error)}
     values = (value.strip() for value in run.stdout.split(","))
@@ -136,11 +119,7 @@ def measure_roof(dtype: torch.dtype, target: Target) -> Roof:
 
 
 def _rate(run: Callable[[int], float], threads: int, rounds: int) -> float:
-    """Amount of work a second of threads that run at once, in the best round.
-
-    Args:
-        run: of the index of a thread, returns what it did.
-    """
+    """What threads that run at once do a second, in the best round; `run` tells what one did."""
 
     def timed(index: int) -> float:
         began = time.perf_counter()
@@ -158,14 +137,9 @@ def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
     peak.restype, peak.argtypes = ctypes.c_double, (ctypes.c_int, ctypes.c_int64)
     triad.restype, triad.argtypes = None, (*[ctypes.c_void_p] * 3, ctypes.c_int64)
     threads = torch.get_num_threads()
-
-    def peak_loop(level: int, _: int) -> float:
-        operations: float = peak(level, _PEAK_STEPS)
-        return operations
-
     peaks = {
         name: {
-            str(count): _rate(partial(peak_loop, level), count, 200) / 1e12
+            str(count): _rate(lambda _, level=level: peak(level, _PEAK_STEPS), count, 200) / 1e12
             for count in sorted({1, threads})
         }
         for level, name in enumerate(_LEVELS)
@@ -176,10 +150,8 @@ def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
         usable.pop(_LEVELS[3], None)
     elif torch.cpu._is_amx_tile_supported():  # for which there is no loop
         (x,) = inputs((4096, 4096), dtype, 1)
-        rates = [
-            2.0 * 4096**3 / s for s in measure_interleaved({"": lambda _: x @ x}, repeats=5)[""]
-        ]
-        usable["the fastest product by torch (AMX)"] = max(rates) / 1e12
+        seconds = measure_interleaved({"": lambda _: x @ x}, repeats=5)[""]
+        usable["the fastest product by torch (AMX)"] = 2.0 * 4096**3 / min(seconds) / 1e12
     best = max(usable, key=usable.__getitem__)
     arrays = [torch.ones(_CPU_TRIAD_BYTES // 4) for _ in range(3)]
     part = len(arrays[0]) // threads // 4 * 4
@@ -203,8 +175,7 @@ def _cuda_roof(dtype: torch.dtype, target: Target) -> Roof:
     with torch.inference_mode():
         for name, (m, n, k) in _CUDA_GEMMS.items():
             (x,), (w,) = (inputs((r, k), dtype, 1, device=target.device) for r in (m, n))
-            product = partial(torch.matmul, x, w.t())
-            calls: dict[str, Any] = {name: lambda _, product=product: product()}
+            calls: dict[str, Any] = {name: lambda _, x=x, w=w: x @ w.t()}
             seconds = measure_interleaved(calls, repeats=20, timer=target.timer)[name]
             gemms[name] = 2.0 * m * n * k / statistics.median(seconds) / 1e12
         arrays = [torch.ones(_CUDA_TRIAD_BYTES // 4, device=target.device) for _ in range(3)]

@@ -20,7 +20,6 @@ operation failed or took more than 1.5 GB.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
@@ -39,7 +38,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, LLMConfig, VAEConfig, VisionConfig
-from sparse_unified.bench.report import commit, versions
+from sparse_unified.bench.report import origin
 from sparse_unified.bench.target import find_target
 from sparse_unified.checkpoint import (
     Checkpoint,
@@ -193,10 +192,7 @@ def measure(root: Path, num_layers: int) -> dict[str, Any]:
         # Every operation passes over all bytes once or twice, so time goes with bytes.
         record["seconds_at_28_layers"] = record["seconds"] * whole / nbytes
     return {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": find_target("cpu").name,
-        "versions": versions(),
+        **origin(find_target("cpu").name),
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "num_layers": num_layers,
         "bytes": nbytes,

@@ -20,7 +20,6 @@ same names.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -49,7 +48,7 @@ from sparse_unified.bagel.sampler import (
     build_guidance,
     sample_latents,
 )
-from sparse_unified.bench.report import commit, versions
+from sparse_unified.bench.report import origin
 from sparse_unified.bench.target import find_target, measure_roof, processor_name
 from sparse_unified.testing import Case
 
@@ -281,10 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     rows = compare(runs, options.rounds)
     content: dict[str, Any] = {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": processor_name(),
-        "versions": versions(),
+        **origin(processor_name()),
         "steps": options.steps,
         "cache_interval": options.cache_interval,
         "runs": rows,

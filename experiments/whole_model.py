@@ -19,7 +19,6 @@ generation FFNs sparse, of the same weights, and does it again; the autoencoder 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import math
@@ -55,7 +54,7 @@ from sparse_unified.bagel.sampler import (
     initial_noise,
     sample_latents,
 )
-from sparse_unified.bench.report import commit, versions
+from sparse_unified.bench.report import origin
 from sparse_unified.bench.target import processor_name
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.safetensors_io import build_header
@@ -402,10 +401,7 @@ def measure_on_host(
     fill_randomly(vae, torch.device("cpu"))
     model = packed_model(setup.config, storage)
     content: dict[str, Any] = {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": processor_name(),
-        "versions": versions(),
+        **origin(processor_name()),
         "storage": storage,
         "num_layers": num_layers,
         "grid": list(setup.grid),

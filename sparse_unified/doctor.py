@@ -462,8 +462,7 @@ def _measured(suite: Any, device: torch.device, repeats: int) -> Run:
 
 def _beside_dense(direction: str, device: torch.device) -> dict[str, Any]:
     case, dtype = CASES[_TIMED_CASES[device.type]], _DTYPES[device.type]
-    ours = Peer(name=suites.OURS, build=partial(Ours, strict=False))
-    both = {"dense": PEERS["dense"], suites.OURS: ours}
+    both = {"dense": PEERS["dense"], suites.OURS: Peer(build=partial(Ours, strict=False))}
     suite = suites.block_suite(case, dtype, direction, device, peers=both)
     run = _measured(suite, device, repeats=9)
     if run.missing:

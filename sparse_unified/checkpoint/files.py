@@ -56,9 +56,8 @@ def stamp_of(status: os.stat_result) -> Stamp:
 def open_source(path: Path, stamp: Stamp | None = None) -> Iterator[io.FileIO]:
     """Opens a regular file to be read, unbuffered, and holds that it stays the same.
 
-    Args:
-        path: links are followed, as those of a hub's cache are.
-        stamp: of the file when reading began; by default it begins here.
+    Links are followed, as those of a hub's cache are. `stamp` is of the file when reading began, by
+    default here.
 
     Raises:
         ValueError: there is nothing to read, or a device, pipe or socket, which may never end.
@@ -84,6 +83,13 @@ def refuse_change(path: Path, stamp: Stamp, status: os.stat_result) -> None:
     """Raises RuntimeError when a file is no longer the one that a stamp was taken of."""
     if stamp != stamp_of(status):
         raise RuntimeError(f"{path}: file must not change while it is read, got another one")
+
+
+def cut_short(stream: io.FileIO, position: int) -> RuntimeError:
+    """The error of a file that ends early, as it does when another process cuts it short."""
+    return RuntimeError(
+        f"{stream.name}: file must not change while it is read, got its end at byte {position}"
+    )
 
 
 def read_text(path: Path) -> str:
@@ -117,12 +123,8 @@ def read_object(text: str | bytes, where: str, *, finite: bool = False) -> dict[
 def loads_strict(text: str, *, finite: bool = False) -> Any:
     """Parses JSON text with distinct keys, moderate nesting, and strings that can be encoded.
 
-    Args:
-        text: what to parse.
-        finite: refuse NaN and infinities, which Python's json writes and no standard knows.
-
-    Raises:
-        ValueError: the text is something else; the message is the reason alone.
+    `finite` refuses NaN and infinities, which Python's json writes and no standard knows. A
+    ValueError gives the reason alone.
     """
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -236,11 +238,7 @@ def write_all(
 def copy_range(
     source: io.FileIO, start: int, nbytes: int, target: int, advance: Callable[[int], object]
 ) -> None:
-    """Appends bytes of an open file to another, in the kernel; `advance` is as of `write_all`.
-
-    Raises:
-        RuntimeError: the source ends early, as it does when another process cuts it short.
-    """
+    """Appends bytes of an open file to another, in the kernel; RuntimeError where it ends early."""
     position, end = start, start + nbytes
     while position < end:
         limit = min(end - position, _RANGE_BYTES)
@@ -252,10 +250,7 @@ def copy_range(
             write_all(target, block)
             count = len(block)
         if count == 0:
-            raise RuntimeError(
-                f"{source.name}: file must not change while it is read, "
-                f"got its end at byte {position}"
-            )
+            raise cut_short(source, position)
         advance(count)
         position += count
 
@@ -286,7 +281,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Creates a small UTF-8 file, byte for byte as given; see `create_file`."""
+    """Creates a small UTF-8 file, byte for byte as given."""
     with create_file(path, mode=mode) as handle:
         write_all(handle, text.encode())
 
@@ -309,13 +304,8 @@ def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
     synced to disk before the one rename that makes `out` appear. When the block fails, the sibling
     is removed.
 
-    Args:
-        out: the target, which must not exist; its parent must.
-        mode: permissions of `out`, of which the umask takes its part.
-
     Raises:
-        ValueError: the target exists, its parent does not, or something that no run of ours left
-            stands where it would be written.
+        ValueError: as of `check_target`.
         RuntimeError: another run is writing the same target, or the file system refuses to.
     """
     target, partial = _absolute(out), partial_path(out)
@@ -332,7 +322,7 @@ def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             check_target(out)
-            stack.callback(os.close, _lock(partial))
+            stack.callback(os.close, _make_locked(partial))
             stack.callback(remove)
             check_target(out)
             if content.exists():
@@ -356,52 +346,42 @@ def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
             ) from error
 
 
-def lock_alone(handle: int) -> None:
-    """Locks what is open; BlockingIOError where another process has. Windows locks nothing."""
-    if fcntl is not None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _lock(handle: int, refusal: Exception) -> None:
+    """Locks what is open; raises `refusal` where another process has. Windows locks nothing."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise refusal from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            raise
+        logger.warning("this file system has no locks; run one process at a time")
 
 
 @contextmanager
 def locked(folder: Path, refusal: Exception) -> Iterator[None]:
     """Keeps other processes out of a folder, by its file `.lock`; raises `refusal` if one is in."""
     with (folder / ".lock").open("a") as lock:
-        try:
-            lock_alone(lock.fileno())
-        except BlockingIOError:
-            raise refusal from None
-        except OSError:  # the file system has no locks
-            pass
+        _lock(lock.fileno(), refusal)
         yield
 
 
-def _lock(partial: Path) -> int:
+def _make_locked(partial: Path) -> int:
     """Makes a directory if there is none, and returns a descriptor that locks it."""
+    refusal = RuntimeError(f"target must be written by one run at a time, got another at {partial}")
     while True:
         partial.mkdir(exist_ok=True)
         if _DIRECTORY is None:
             return os.open(os.devnull, os.O_RDONLY)
-        try:
-            lock = os.open(partial, os.O_RDONLY | _DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue  # the run that held it has just removed it
-        try:
-            lock_alone(lock)
-        except BlockingIOError:
-            os.close(lock)
-            raise RuntimeError(
-                f"target must be written by one run at a time, got another at {partial}"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
-                os.close(lock)
-                raise
-            logger.warning("this file system has no locks; run one conversion at a time")
         # The run that held the lock may have removed the directory meanwhile.
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            lock = os.open(partial, os.O_RDONLY | _DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, lock)
+            _lock(lock, refusal)
             if os.path.samestat(os.fstat(lock), partial.lstat()):
+                stack.pop_all()
                 return lock
-        os.close(lock)
 
 
 def _sync(directory: str | Path) -> None:

@@ -56,17 +56,13 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Where one tensor lies: from byte `start` of `file`, row-major.
-
-    Attributes:
-        stamp: of the file when its header was read; None where there is no file yet.
-    """
+    """Where one tensor lies: from byte `start` of `file`, row-major."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     start: int
-    stamp: files.Stamp | None = None
+    stamp: files.Stamp | None = None  # of the file when its header was read
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +89,7 @@ def read_header(path: StrPath) -> Header:
     """Reads and checks the header of a safetensors file.
 
     Raises:
-        ValueError: the file cannot be opened, is truncated, or its header breaks a rule of the
-            format; the message names the rule and what was found.
+        ValueError: the file cannot be opened, is truncated, or its header breaks a rule.
     """
     path = files.to_path(path, "file")
     with files.open_source(path) as stream, context(path):
@@ -178,11 +173,7 @@ def _parse_entry(key: str, entry: Any) -> tuple[int, int, str, torch.dtype, tupl
 
 
 def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
-    """Fills `target`, a contiguous array, from byte `start` of an open file.
-
-    Raises:
-        RuntimeError: the file ends early, as it does when another process cuts it short.
-    """
+    """Fills a contiguous array from byte `start` of an open file; RuntimeError where it ends."""
     view = target.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
@@ -194,10 +185,7 @@ def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
                 f"{stream.name}: file must stay readable, got {error.strerror}"
             ) from error
         if count == 0:
-            raise RuntimeError(
-                f"{stream.name}: file must not change while it is read, "
-                f"got its end at byte {start + done}"
-            )
+            raise files.cut_short(stream, start + done)
         done += count
 
 
@@ -223,10 +211,8 @@ def build_header(
     entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Returns the header text of a file that holds `(key, dtype, shape)` in this order.
-
-    The text is padded with spaces so that the tensors start at a multiple of 8 bytes.
-    """
+    """Returns the header text of a file that holds `(key, dtype, shape)` in this order, padded so
+    that the tensors start at a multiple of 8 bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for key, dtype, shape in entries:
@@ -267,11 +253,7 @@ def save_tensors(
 
 
 def load_tensors(path: StrPath, *, kind: str, version: str) -> Header:
-    """Reads the header of a file whose metadata must say `format` and `format_version`.
-
-    Raises:
-        ValueError: it is no safetensors file, or of another format or version.
-    """
+    """Reads the header of a file whose metadata must say `format` and `format_version`."""
     header = read_header(path)
     form = header.metadata.get("format"), header.metadata.get("format_version")
     if form != (kind, version):
