@@ -180,7 +180,7 @@ def test_experts_may_lie_anywhere_on_hopper(
     for name, gradient in zip(other.floats, gradients, strict=True):
         assert torch.equal(gradient, values[name]), name
     narrow = grouped_problem(300, 136, 3, 80, 2, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="hidden_size must be a multiple of 64 .*, got 136"):
+    with pytest.raises(RuntimeError, match=r"hidden_size must be a multiple of 64 .*, got 136"):
         Problem(narrow.op, of_experts(narrow.values, "apart")).call()
 
 
