@@ -63,7 +63,7 @@ def make_weights(
 
 def make_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the llm_config.json that fits dense weights."""
-    width, hidden = weights[keys.dense_key("gen", 0, "gate_proj")].shape
+    width, hidden = weights[keys.ffn_key("gen", 0, "gate_proj")].shape
     layers = sum(key.endswith("mlp_moe_gen.gate_proj.weight") for key in weights)
     embeddings = weights.get("language_model.model.embed_tokens.weight", ())
     sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}

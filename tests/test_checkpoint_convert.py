@@ -176,7 +176,7 @@ def test_scores_are_taken_in_every_form_and_are_magnitudes_without(
         if form == "seed":
             wanted = random_scores(96, seed=5, layer=layer)
         elif form not in given:
-            names = [keys.dense_key("gen", layer, name) for name in keys.PROJECTIONS]
+            names = [keys.ffn_key("gen", layer, name) for name in keys.PROJECTIONS]
             wanted = magnitude_scores(*(weights[name] for name in names))
         layout = ExpertLayout(intermediate_size=96, num_experts=4)
         assert torch.equal(torch.from_numpy(index), snake_partition(wanted, layout))

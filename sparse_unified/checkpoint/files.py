@@ -151,6 +151,11 @@ def loads_strict(text: str, *, finite: bool = False) -> Any:
     return value
 
 
+def json_text(value: object) -> str:
+    """Returns a JSON value as it is written for people: indented, and with a line end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def has_form(value: object, form: Any) -> bool:
     """Tells whether a JSON value has a form.
 

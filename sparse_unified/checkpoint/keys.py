@@ -72,9 +72,9 @@ def module_prefixes(layer: int, modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{layer_prefix(layer)}{module}." for module in modules)
 
 
-def dense_key(component: str, layer: int, projection: str) -> str:
-    """Returns the key of one projection of a dense FFN."""
-    return f"{ffn_prefix(component, layer)}{projection}.weight"
+def ffn_key(component: str, layer: int, name: str) -> str:
+    """Returns the key of a weight of an FFN: a projection of a dense one, or a router."""
+    return f"{ffn_prefix(component, layer)}{name}.weight"
 
 
 def router_names(component: str, time_router: bool) -> tuple[str, ...]:
@@ -82,11 +82,6 @@ def router_names(component: str, time_router: bool) -> tuple[str, ...]:
     if component == "und":
         return "gate", "gate_shared", "gate_img"
     return ("gate", "gate_shared", "gate_time") if time_router else ("gate", "gate_shared")
-
-
-def router_key(component: str, layer: int, name: str) -> str:
-    """Returns the key of router weight `name` of a sparse FFN."""
-    return f"{ffn_prefix(component, layer)}{name}.weight"
 
 
 def find_ffn_key(key: str) -> tuple[str, int, str] | None:

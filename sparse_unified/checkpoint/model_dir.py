@@ -46,8 +46,25 @@ _LIMITS = {
 }
 
 
+class _Neurons:
+    """Neurons of a dense FFN, the layout of a sparse one, 0 where it is skipped."""
+
+    __slots__ = ()
+    ffn: int | ExpertLayout
+
+    @property
+    def layout(self) -> ExpertLayout | None:
+        """The experts; None where it is dense."""
+        return self.ffn if isinstance(self.ffn, ExpertLayout) else None
+
+    @property
+    def width(self) -> int:
+        """Neurons of the FFN, of all experts together where it is sparse."""
+        return self.ffn if isinstance(self.ffn, int) else self.ffn.intermediate_size
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerShape:
+class LayerShape(_Neurons):
     """What one layer has left of one component. Heads have their numbers in the dense checkpoint.
 
     Attributes:
@@ -59,11 +76,6 @@ class LayerShape:
     ffn: int | ExpertLayout
     kv_heads: tuple[int, ...]
     query_groups: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """Neurons of the FFN, of all experts together where it is sparse."""
-        return self.ffn if isinstance(self.ffn, int) else self.ffn.intermediate_size
 
     @property
     def has_attention(self) -> bool:
@@ -105,22 +117,12 @@ def ffn_shapes(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FFN:
-    """One FFN of a file: its neurons, or the layout of a sparse one, its hidden size and dtype."""
+class FFN(_Neurons):
+    """One FFN of a file."""
 
     ffn: int | ExpertLayout
     hidden_size: int
     dtype: torch.dtype
-
-    @property
-    def layout(self) -> ExpertLayout | None:
-        """Its experts; None where it is dense."""
-        return self.ffn if isinstance(self.ffn, ExpertLayout) else None
-
-    @property
-    def intermediate_size(self) -> int:
-        """Neurons, of all experts together where it is sparse."""
-        return self.ffn if isinstance(self.ffn, int) else self.ffn.intermediate_size
 
 
 FFNs = dict[str, dict[int, FFN]]
@@ -210,7 +212,7 @@ def _check_sparse(
     component: str, layers: Mapping[int, FFN], config: Mapping[str, Any]
 ) -> list[str]:
     """Compares the sparse FFNs of a component with the fields that describe them."""
-    layouts = {n: ffn.ffn for n, ffn in layers.items() if isinstance(ffn.ffn, ExpertLayout)}
+    layouts = {n: ffn.layout for n, ffn in layers.items() if ffn.layout is not None}
     problems = []
 
     def demand(agrees: bool, field: str, rule: str) -> None:
@@ -269,11 +271,8 @@ class Checkpoint:
     Weights are taken from `ema.safetensors`, else `model.safetensors`, else from the shards that
     the one `*.safetensors.index.json` names. Opening reads headers only and keeps no file open.
 
-    Args:
-        directory: the model directory.
-
     Attributes:
-        directory: the same, as a Path.
+        directory: as a Path.
         headers: `{weight file name: header}`, in the order the files were found.
         specs: `{official key: dtype, shape and place of the tensor}`, in the order they are stored.
 
@@ -368,7 +367,7 @@ class Checkpoint:
         source = f"num_hidden_layers and intermediate_size of {CONFIG}"
         for component, layers in ffns.items():
             own = {layer: shape.width for layer, shape in self._wanted[component].items()}
-            found = {layer: ffn.intermediate_size for layer, ffn in layers.items()}
+            found = {layer: ffn.width for layer, ffn in layers.items()}
             wrong = [
                 f"{found.get(layer, 0)} neurons in layer {layer}, not {own.get(layer, 0)}"
                 for layer in sorted(own.keys() | found.keys())
@@ -404,28 +403,24 @@ class Checkpoint:
         Checked against llm_config.json and the recipe.
         """
         self._refuse(self.problems())
-        ffns: FFNs = self.ffns
         shared: Any = self.llm_config.get("num_shared_experts")
         shapes: dict[str, dict[int, LayerShape]] = {}
         for component, layers in self._wanted.items():
-            shapes[component] = {}
-            for layer, shape in layers.items():
-                found = ffns.get(component, {}).get(layer)
-                ffn: Any = 0 if found is None else found.ffn
+            found = {layer: ffn.ffn for layer, ffn in self.ffns.get(component, {}).items()}
+            for layer, ffn in found.items():
                 if isinstance(ffn, ExpertLayout):
-                    ffn = replace(ffn, num_shared_experts=shared)
-                shapes[component][layer] = replace(shape, ffn=ffn)
+                    found[layer] = replace(ffn, num_shared_experts=shared)
+            shapes[component] = {n: replace(own, ffn=found.get(n, 0)) for n, own in layers.items()}
         return shapes
 
     @property
     def experts(self) -> dict[str, dict[int, ExpertLayout]]:
         """The sparse FFNs, `{component: {layer: layout}}`, of components that have some."""
-        found: dict[str, dict[int, ExpertLayout]] = {}
-        for component, layers in self.shapes.items():
-            for layer, shape in layers.items():
-                if isinstance(shape.ffn, ExpertLayout):
-                    found.setdefault(component, {})[layer] = shape.ffn
-        return found
+        found = {
+            component: {n: own.layout for n, own in layers.items() if own.layout is not None}
+            for component, layers in self.shapes.items()
+        }
+        return {component: layouts for component, layouts in found.items() if layouts}
 
     @property
     def top_k(self) -> int | None:
@@ -477,6 +472,8 @@ class Checkpoint:
 def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
     """Carries out one step of a recipe."""
     config = step.config
+    if isinstance(config, AdaptConfig):
+        return
     for layer in map(int, config.layers):
         if layer not in layers["gen"]:
             raise ValueError(f"layers must be 0 to {len(layers['gen']) - 1}, got {layer}")
@@ -490,8 +487,6 @@ def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
                     )
                 kv_heads = step.heads[layer]["keys"] if groups else ()
                 layers[component][layer] = replace(held, kv_heads=kv_heads, query_groups=groups)
-            continue
-        if isinstance(config, AdaptConfig):
             continue
         held = layers[config.component][layer]
         if isinstance(config, SkipLayersConfig):

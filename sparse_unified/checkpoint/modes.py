@@ -16,7 +16,6 @@ they have in the dense checkpoint, whatever went before.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,6 +24,7 @@ from typing import Any, ClassVar
 
 from sparse_unified._common import check_int, check_number, choice, context, format_layers, naming
 from sparse_unified._version import __version__
+from sparse_unified.checkpoint.files import json_text
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.experts.layout import Partition
@@ -83,10 +83,19 @@ class _Mode:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_ratio(self, ratio: float) -> None:
-        check_number("keep_ratio", ratio, 0, 1)
-        if not ratio:
-            raise ValueError(f"keep_ratio must be above 0, got {ratio!r}")
+
+class _Pruning(_Mode):
+    """What configs that rank share."""
+
+    __slots__ = ()
+    keep_ratio: float
+    budget: Budget
+
+    def _check(self) -> None:
+        check_number("keep_ratio", self.keep_ratio, 0, 1)
+        if not self.keep_ratio:
+            raise ValueError(f"keep_ratio must be above 0, got {self.keep_ratio!r}")
+        self._set("budget", choice("budget", Budget, self.budget))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +156,7 @@ class MoEConfig(_Mode):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneWidthConfig(_Mode):
+class PruneWidthConfig(_Pruning):
     """FFNs of one component made narrower: the neurons with the highest scores stay.
 
     Args:
@@ -168,15 +177,14 @@ class PruneWidthConfig(_Mode):
     block_size: int = 1
 
     def _check(self) -> None:
-        self._check_ratio(self.keep_ratio)
-        self._set("budget", choice("budget", Budget, self.budget))
+        _Pruning._check(self)
         check_int("block_size", self.block_size, 1, 128)
         if 1 < self.block_size < 16:
             raise ValueError(f"block_size must be 1 or 16 to 128, got {self.block_size}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneHeadsConfig(_Mode):
+class PruneHeadsConfig(_Pruning):
     """Attention heads of one component dropped, in groups: a key head and the queries that read it.
 
     The queries of a group go, with their columns of the output projection. Its keys and values go
@@ -196,10 +204,6 @@ class PruneHeadsConfig(_Mode):
     layers: Layers = "all"
     keep_ratio: float = 0.5
     budget: Budget = Budget.UNIFORM
-
-    def _check(self) -> None:
-        self._check_ratio(self.keep_ratio)
-        self._set("budget", choice("budget", Budget, self.budget))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,12 +323,8 @@ class Step:
 
 def recipe_text(steps: Iterable[Step]) -> str:
     """Returns the text of the file that lists steps."""
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "steps": [step.to_dict() for step in steps],
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    own = [step.to_dict() for step in steps]
+    return json_text({"format": FORMAT, "format_version": FORMAT_VERSION, "steps": own})
 
 
 def parse_recipe(path: Path, content: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -374,26 +374,21 @@ def _parse_step(step: Any) -> Step:
             f"{format_layers([int(layer) for layer in config.layers])} and nothing else, "
             f"got {sorted(others) or found!r:.80}"
         )
+    read: dict[int, Any] = {}
     for layer, value in found.items():
         with naming(f"layer {layer}"):
-            if result == "widths":
-                check_int("width", value, 1)
-            else:
-                _check_heads(value)
-    scores = step.get("scores")
-    return Step(
-        config=config,
-        scores=None if scores is None else str(scores),
-        tool=str(step.get("tool", "unknown")),
-        widths={int(n): width for n, width in found.items()} if result == "widths" else {},
-        heads={
-            int(n): {name: tuple(numbers) for name, numbers in heads.items()}
-            for n, heads in (found if result == "heads" else {}).items()
-        },
-    )
+            read[int(layer)] = _read_width(value) if result == "widths" else _read_heads(value)
+    scores, tool = step.get("scores"), str(step.get("tool", "unknown"))
+    results = {result: read} if result is not None else {}
+    return Step(config=config, scores=None if scores is None else str(scores), tool=tool, **results)
 
 
-def _check_heads(value: object) -> None:
+def _read_width(value: Any) -> int:
+    check_int("width", value, 1)
+    return int(value)
+
+
+def _read_heads(value: object) -> dict[str, tuple[int, ...]]:
     names = ("keys", *FFN_NAMES)
     if not isinstance(value, dict) or set(value) != set(names):
         raise ValueError(f"heads must have {', '.join(names)}, got {value!r:.80}")
@@ -406,3 +401,4 @@ def _check_heads(value: object) -> None:
             raise ValueError(
                 f"{name} must be among its keys {value['keys']!r:.80}, got {numbers!r:.80}"
             )
+    return {name: tuple(numbers) for name, numbers in value.items()}

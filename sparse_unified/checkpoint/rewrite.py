@@ -7,7 +7,6 @@ are copied in the kernel; of what is cut or reordered one tensor at most is in m
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import stat
@@ -21,18 +20,7 @@ import numpy as np
 import torch
 
 from sparse_unified._common import Progress, StrPath
-from sparse_unified.checkpoint import safetensors_io
-from sparse_unified.checkpoint.files import (
-    atomic_directory,
-    copy_range,
-    create_file,
-    list_files,
-    open_source,
-    read_json,
-    stamp_of,
-    write_all,
-    write_text,
-)
+from sparse_unified.checkpoint import files, safetensors_io
 from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX, Checkpoint
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
 
@@ -97,7 +85,7 @@ def rewrite(
         RuntimeError: reading or writing failed, there is no room, or the source changed meanwhile;
             nothing is left under `out`.
     """
-    files: dict[str, tuple[str, list[Edit]]] = {}  # name -> header text and what comes after it
+    weights: dict[str, tuple[str, list[Edit]]] = {}  # name -> header text and what comes after it
     for name, header in (headers or source.headers).items():
         parts = []
         for key in header.tensors:
@@ -108,14 +96,14 @@ def rewrite(
             parts.append(edit)
         written = [entry for own in parts for entry in own.entries]
         if headers is not None:
-            files[name] = header.text, parts
+            weights[name] = header.text, parts
         elif written or not header.tensors:
-            files[name] = safetensors_io.build_header(written, header.metadata), parts
-    found = list_files(source.directory)
-    left_out = {*source.headers, *files, *texts, *skip}
+            weights[name] = safetensors_io.build_header(written, header.metadata), parts
+    found = files.list_files(source.directory)
+    left_out = {*source.headers, *weights, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
     total = sum(status.st_size for status in others.values())
-    for text, parts in files.values():
+    for text, parts in weights.values():
         total += 8 + len(text.encode())
         total += sum(_size(entry) for own in parts for entry in own.entries)
     done = 0
@@ -131,7 +119,7 @@ def rewrite(
         return stat.S_IMODE(found[name].st_mode) & 0o777 | 0o600 if name in found else 0o666
 
     directory_mode = stat.S_IMODE(source.directory.stat().st_mode) & 0o777
-    with atomic_directory(out, mode=directory_mode) as unfinished:
+    with files.atomic_directory(out, mode=directory_mode) as unfinished:
         free = shutil.disk_usage(unfinished).free
         if free < total:
             raise RuntimeError(
@@ -141,21 +129,21 @@ def rewrite(
             path = unfinished / (rename or {}).get(name, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with (
-                open_source(source.directory / name, stamp_of(status)) as stream,
-                create_file(path, mode=mode(name)) as target,
+                files.open_source(source.directory / name, files.stamp_of(status)) as stream,
+                files.create_file(path, mode=mode(name)) as target,
             ):
-                copy_range(stream, 0, status.st_size, target, advance)
-        for name, (text, parts) in files.items():
-            with create_file(unfinished / name, mode=mode(name)) as target:
-                write_all(target, safetensors_io.encode_header(text), advance)
+                files.copy_range(stream, 0, status.st_size, target, advance)
+        for name, (text, parts) in weights.items():
+            with files.create_file(unfinished / name, mode=mode(name)) as target:
+                files.write_all(target, safetensors_io.encode_header(text), advance)
                 for block in (block for own in parts for block in own.blocks()):
                     if isinstance(block, TensorSpec):
-                        with open_source(block.file, block.stamp) as stream:
-                            copy_range(stream, block.start, block.nbytes, target, advance)
+                        with files.open_source(block.file, block.stamp) as stream:
+                            files.copy_range(stream, block.start, block.nbytes, target, advance)
                     else:
-                        write_all(target, block, advance)
+                        files.write_all(target, block, advance)
         for name, text in texts.items():
-            write_text(unfinished / name, text, mode=mode(name))
+            files.write_text(unfinished / name, text, mode=mode(name))
         finish(unfinished)
         source.refuse_change()
     return done
@@ -209,7 +197,7 @@ def index_texts(source: Checkpoint, edits: Edits) -> dict[str, str]:
     added -= sum(source.spec(key).nbytes for key in edits)
     texts: dict[str, str] = {}
     for path in sorted(source.directory.glob(f"*{INDEX_SUFFIX}")):
-        index = read_json(path)
+        index = files.read_json(path)
         old = index.get("weight_map")
         if not isinstance(old, dict) or not any(key in source.specs for key in old):
             continue
@@ -222,5 +210,5 @@ def index_texts(source: Checkpoint, edits: Edits) -> dict[str, str]:
         if isinstance(metadata, dict) and type(metadata.get("total_size")) is int:
             metadata["total_size"] += added
         if index["weight_map"] != old or added:
-            texts[path.name] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+            texts[path.name] = files.json_text(index)
     return texts

@@ -52,9 +52,9 @@ Inputs = Mapping[str, LayerInputs] | LayerInputs
 ORIGIN = "sparse_unified.scores"  # key of the metadata
 _ORIGIN = {
     "criterion": (str,),
-    "samples": {str: (int,)},
-    "model_hashes": {str: (str,)},
-    "similarity": [{str: (str, int, float)}],
+    "samples": {str: (int,)},  # how many of each task
+    "model_hashes": {str: (str,)},  # of the FFNs of each component
+    "similarity": [{str: (str, int, float)}],  # the entries of `Similarity` of the layers
 }
 HEADS = ".heads"
 _COMPONENTS = {name + end for name in keys.FFN_NAMES for end in ("", HEADS)}
@@ -99,11 +99,7 @@ def given_scores(
 
 
 def read_origin(path: StrPath) -> dict[str, Any] | None:
-    """Returns what a scores file says of itself; None of a file that other tools wrote.
-
-    `criterion`; `samples`, how many of each task; `model_hashes`, of the FFNs of each component;
-    and `similarity`, the entries of `Similarity` of the layers.
-    """
+    """Returns what a scores file says of itself, as `_ORIGIN`; None where other tools wrote it."""
     stated = read_header(path).metadata.get(ORIGIN)
     if stated is None:
         return None
@@ -115,13 +111,8 @@ def read_origin(path: StrPath) -> dict[str, Any] | None:
 
 
 def describe_scores(path: StrPath, component: str, own_hash: Callable[[], str]) -> str:
-    """Returns the name of a scores file and what it holds; ValueError if it is of another model.
-
-    Args:
-        path: of the file.
-        component: whose scores are taken.
-        own_hash: returns the hash of the component's FFNs in the model that they are for.
-    """
+    """Returns the name of a scores file and what it holds; ValueError if it is of another model:
+    `own_hash` returns the hash of the component's FFNs in the model that they are for."""
     origin, name = read_origin(path), f"file {Path(path).name}"
     if origin is None:
         return name
@@ -206,13 +197,9 @@ def rank(
 ) -> tuple[Callable[[int], Tensor], str]:
     """Returns a function from layer to checked scores, and where these come from, in words.
 
-    Given scores are checked at once; those of weights are computed when they are asked for.
-
-    Args:
-        scores, name, sizes, num_layers: as of `given_scores`.
-        magnitudes: ranks the neurons or groups of a layer by its weights, where nothing is given.
-        own_hash: as of `describe_scores`, which refuses the files of other models.
-        seed: of random scores, in the place of these.
+    Given scores are checked at once; those by the magnitude of weights, where nothing is given, are
+    computed when they are asked for. `seed` is of random scores, in the place of these; other
+    arguments are as of `given_scores` and `describe_scores`.
     """
     if scores is not None and seed is not None:
         raise ValueError(f"scores and seed must not both be given, got seed {seed}")

@@ -57,22 +57,13 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sidecar:
-    """The contents of one `partition.safetensors`, as `convert` writes it.
-
-    Attributes:
-        component: "gen" or "und".
-        neuron_index: `{layer: [I] int64}`.
-        arguments: how `convert` was called, without paths.
-        headers: `{dense file name: its header}`.
-        texts: `{file name: text before conversion}`.
-        tool: name and version of what wrote it.
-    """
+    """The contents of one `partition.safetensors`, as `convert` writes it."""
 
     component: str
-    neuron_index: Mapping[int, np.ndarray]
-    arguments: Mapping[str, Any]
-    headers: Mapping[str, Header]
-    texts: Mapping[str, str]
+    neuron_index: Mapping[int, np.ndarray]  # layer -> [I] int64
+    arguments: Mapping[str, Any]  # how `convert` was called, without paths
+    headers: Mapping[str, Header]  # of the dense files, by name
+    texts: Mapping[str, str]  # file name -> text before conversion
     tool: str
 
 
@@ -196,9 +187,6 @@ def convert(
             where the partition is "coactivation" or the routers start at "activation".
         progress: called with (bytes written, bytes in all).
 
-    Returns:
-        a report of what was written.
-
     Raises:
         ValueError: an argument or the checkpoint is not as described; nothing is written.
         RuntimeError: reading or writing failed; nothing is left under `out`.
@@ -240,22 +228,13 @@ def convert(
     edits: dict[str, Edit] = {}
     for layer, layout in layouts.items():
         edits |= _split(source, config, layer, layout, order, given.get(layer))
-    fields = {
-        "num_experts": num_experts,
-        "num_shared_experts": num_shared_experts,
-        "top_k": top_k,
-        "num_experts_per_tok": top_k,
-        keys.TRANSFORMED[component]: list(layouts),
-    }
-    step = Step(config=config, scores=origin)
-    new_config = json.dumps(source.llm_config | fields, indent=2, ensure_ascii=False) + "\n"
-    texts = {CONFIG: new_config} | index_texts(source, edits)
-    texts[RECIPE] = recipe_text((*source.recipe, step))
-
+    counts = {"num_experts": num_experts, "num_shared_experts": num_shared_experts, "top_k": top_k}
+    fields = {"num_experts_per_tok": top_k, keys.TRANSFORMED[component]: list(layouts)}
+    recipe = (*source.recipe, Step(config=config, scores=origin))
+    texts = {CONFIG: files.json_text(source.llm_config | counts | fields)}
+    texts |= index_texts(source, edits) | {RECIPE: recipe_text(recipe)}
     facts: dict[str, Any] = {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "num_shared_experts": num_shared_experts,
+        **{"num_experts": num_experts, "top_k": top_k, "num_shared_experts": num_shared_experts},
         "layers": list(layouts),
         "component": component,
         "scores": origin,
@@ -302,7 +281,7 @@ def _plan_layouts(source: Checkpoint, config: MoEConfig) -> dict[int, ExpertLayo
     if not ffns:
         raise ValueError(
             f"{source.directory}: keys must hold {component} FFNs "
-            f"({keys.dense_key(component, 0, 'gate_proj')} and so on), got none"
+            f"({keys.ffn_key(component, 0, 'gate_proj')} and so on), got none"
         )
     if component in experts:
         raise ValueError(
@@ -315,7 +294,7 @@ def _plan_layouts(source: Checkpoint, config: MoEConfig) -> dict[int, ExpertLayo
     ):
         with naming(f"{component} layer {layer}"):
             layouts[layer] = ExpertLayout(
-                intermediate_size=ffns[layer].intermediate_size,
+                intermediate_size=ffns[layer].width,
                 num_experts=config.num_experts,
                 num_shared_experts=config.num_shared_experts,
                 time_router=config.time_router,
@@ -381,7 +360,7 @@ def _split(
 
 
 def _projections(source: Checkpoint, config: MoEConfig, layer: int) -> list[Tensor]:
-    return [source.read(keys.dense_key(config.component, layer, name)) for name in keys.PROJECTIONS]
+    return [source.read(keys.ffn_key(config.component, layer, name)) for name in keys.PROJECTIONS]
 
 
 # Back to the dense checkpoint
@@ -407,7 +386,6 @@ def invert(sparse: StrPath, out: StrPath, *, progress: Progress | None = None) -
     A checkpoint converted twice (gen, then und) goes back one conversion at a time.
 
     Args:
-        sparse: a directory with the `partition.safetensors` that `convert` wrote.
         out: the directory to make; it must not exist.
         progress: called with (bytes written, bytes in all).
 
@@ -423,9 +401,8 @@ def invert(sparse: StrPath, out: StrPath, *, progress: Progress | None = None) -
     # Training leaves the experts where they are.
     changes = [step.config for step in source.recipe if not isinstance(step.config, AdaptConfig)]
     last = changes[-1] if changes else None
-    if last is not None and not (
-        isinstance(last, MoEConfig) and last.component == sidecar.component
-    ):
+    is_ours = isinstance(last, MoEConfig) and last.component == sidecar.component
+    if last is not None and not is_ours:
         raise ValueError(
             f"{source.directory}: last step in {RECIPE} must be the conversion to experts of "
             f"{sidecar.component}, which {SIDECAR} undoes, got a {last.mode} step of "
@@ -460,15 +437,12 @@ def invert(sparse: StrPath, out: StrPath, *, progress: Progress | None = None) -
     found |= {key: edit.entries[0][1:] for key, edit in edits.items()}
     tensors = [item for header in sidecar.headers.values() for item in header.tensors.items()]
     wanted = {key: (spec.dtype, spec.shape) for key, spec in tensors}
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            got, rule = (
-                f"{own[key][0]} {list(own[key][1])}" if key in own else "nothing"
-                for own in (found, wanted)
-            )
-            raise ValueError(
-                f"{source.directory}: {key} must be {rule} as {SIDECAR} says, got {got}"
-            )
+    for key in sorted({key for key, _ in found.items() ^ wanted.items()})[:1]:
+        got, rule = (
+            f"{own[key][0]} {list(own[key][1])}" if key in own else "nothing"
+            for own in (found, wanted)
+        )
+        raise ValueError(f"{source.directory}: {key} must be {rule} as {SIDECAR} says, got {got}")
     bytes_written = rewrite(
         source,
         out,

@@ -170,8 +170,7 @@ def info(directory: StrPath) -> Info:
     left = tried(lambda: source.left, None) or {}
     path = source.directory / SIDECAR
     sidecar = tried(lambda: read_sidecar(path), None) if path.exists() else None
-    layouts = [ffn.layout for layers in ffns.values() for ffn in layers.values()]
-    counts = {layout.num_experts for layout in layouts if layout is not None}
+    counts = {ffn.layout.num_experts for own in ffns.values() for ffn in own.values() if ffn.layout}
     num_experts = counts.pop() if len(counts) == 1 else None
     top_k = None
     if num_experts is not None:
@@ -191,6 +190,7 @@ def info(directory: StrPath) -> Info:
         if own
     )
     active = [part.active for part in components]
+    facts = ("tool", "component", "arguments")
     return Info(
         directory=str(directory),
         components=components,
@@ -201,9 +201,7 @@ def info(directory: StrPath) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={name: status.st_size for name, status in list_files(source.directory).items()},
-        sidecar=None
-        if sidecar is None
-        else {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")},
+        sidecar=sidecar and {name: getattr(sidecar, name) for name in facts},
         recipe=tuple(step.to_dict() for step in recipe),
         steps=tuple(step.to_text() for step in recipe),
         problems=tuple(dict.fromkeys(problems)),
@@ -252,8 +250,12 @@ def _describe(
         3 * ffns[layer].hidden_size * layout.idle_neurons(top_k or 0)
         for layer, layout in sparse.items()
     )
-    kinds = {
-        (own.num_experts, own.expert_width, own.shared_width, own.time_router)
+    experts = {
+        (own.num_experts, own.expert_width, own.shared_width, own.time_router): (
+            f"{own.num_experts} x {own.expert_width}"
+            + f" + {own.shared_width} shared" * bool(own.shared_width)
+            + " by time" * own.time_router
+        )
         for own in sparse.values()
     }
     return ComponentInfo(
@@ -263,12 +265,7 @@ def _describe(
         active=parameters - idle if top_k is not None or not sparse else None,
         layers=tuple(ffns),
         sparse_layers=tuple(sparse),
-        experts=tuple(
-            f"{num_experts} x {width}"
-            + (f" + {shared} shared" if shared else "")
-            + (" by time" if by_time else "")
-            for num_experts, width, shared, by_time in sorted(kinds)
-        ),
+        experts=tuple(text for _, text in sorted(experts.items())),
         pruned=_describe_pruned(left),
     )
 
@@ -358,7 +355,6 @@ def memory(
     """Computes what a model directory takes on a device in each way of loading it.
 
     Args:
-        directory: a model directory.
         size: height and width of the images, in pixels.
         images: drawn together.
 
@@ -383,13 +379,9 @@ def memory(
             ("tiled", tiled, False),
         ]
         options = [f"{name}={value!r}" for name, value, default in given if value != default]
-        row = MemoryRow(
-            options=", ".join(options) or "as it is",
-            weights=weights,
-            working=working,
-            host=host,
-            fits=tuple(budget for budget in BUDGETS if weights + working <= budget * 10**9),
-        )
+        fits = tuple(budget for budget in BUDGETS if weights + working <= budget * 10**9)
+        text = ", ".join(options) or "as it is"
+        row = MemoryRow(options=text, weights=weights, working=working, host=host, fits=fits)
         rows.append(row)
     return MemoryReport(
         directory=str(directory), size=size, images=images, budgets=BUDGETS, rows=tuple(rows)

@@ -6,7 +6,6 @@ What goes is planned by `surgery.cuts` from headers and scores alone, and cut fr
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor
 from sparse_unified._common import Progress, Report, StrPath, context, format_bytes
 from sparse_unified.bagel.hub import CARD, write_card
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.files import check_target, list_files
+from sparse_unified.checkpoint.files import check_target, json_text, list_files
 from sparse_unified.checkpoint.keys import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.model_dir import CONFIG, Checkpoint, LayerShape
 from sparse_unified.checkpoint.modes import (
@@ -139,8 +138,7 @@ def prune(
         if len(sparse) < len(layers):
             fields[keys.TRANSFORMED[component]] = sparse or False
     if fields:
-        config = source.llm_config | fields
-        texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        texts[CONFIG] = json_text(source.llm_config | fields)
     texts |= index_texts(source, edits)
 
     def finish(directory: Path) -> None:
@@ -254,9 +252,7 @@ def _check_heads(source: Checkpoint, component: str, layers: Sequence[int]) -> N
             )
 
 
-def _heads(
-    shapes: Mapping[str, Mapping[int, LayerShape]], layer: int
-) -> dict[str, tuple[int, ...]]:
+def _heads(shapes: Shapes, layer: int) -> dict[str, tuple[int, ...]]:
     own = {component: by_layer[layer] for component, by_layer in shapes.items()}
     kv_heads = max((shape.kv_heads for shape in own.values()), key=len)
     return {"keys": kv_heads} | {name: shape.query_groups for name, shape in own.items()}

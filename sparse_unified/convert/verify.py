@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,9 +182,6 @@ def verify(
         seed: of the random tokens of the numeric check.
         progress: called with (bytes checked, bytes in all).
 
-    Returns:
-        a report; `ok` is False when anything differs.
-
     Raises:
         ValueError: a directory cannot be read as a checkpoint, or there is nothing to compare.
         RuntimeError: a file changed while it was read.
@@ -284,26 +280,24 @@ def _as_bytes(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype=torch.uint8, shape=(spec.nbytes,))
 
 
-def _whole_file(path: Path) -> TensorSpec:
-    size = path.stat().st_size
-    return TensorSpec(dtype=torch.uint8, shape=(size,), file=path, start=0)
-
-
 def _compare_files(here: Checkpoint, there: Checkpoint) -> list[str]:
     """Returns a sentence for each other file of the model, or field of its config, that differs."""
     problems = []
     for name in _MODEL_FILES:
-        a, b = here.directory / name, there.directory / name
-        if a.exists() and b.exists():
-            problems += _differences(name, _whole_file(a), _whole_file(b))
-        elif a.exists() or b.exists():
-            states = ("there", "nothing") if b.exists() else ("absent", "one")
+        whole = {
+            side: TensorSpec(dtype=torch.uint8, shape=(path.stat().st_size,), file=path, start=0)
+            for side in (here, there)
+            if (path := side.directory / name).exists()
+        }
+        if len(whole) == 2:
+            problems += _differences(name, whole[here], whole[there])
+        elif whole:
+            states = ("there", "nothing") if there in whole else ("absent", "one")
             problems.append(
                 f"{name}: file must be {states[0]} as in {there.directory}, got {states[1]}"
             )
-    a_config, b_config = here.llm_config, there.llm_config
-    for field in sorted((a_config.keys() | b_config.keys()) - _MOE_FIELDS):
-        got, wanted = (config.get(field, "nothing") for config in (a_config, b_config))
+    for field in sorted((here.llm_config.keys() | there.llm_config.keys()) - _MOE_FIELDS):
+        got, wanted = (side.llm_config.get(field, "nothing") for side in (here, there))
         if got != wanted:
             problems.append(f"{CONFIG}: {field} must be {wanted!r:.120}, got {got!r:.120}")
     return problems
@@ -315,11 +309,8 @@ def _compare_files(here: Checkpoint, there: Checkpoint) -> list[str]:
 def _pair_neurons(
     here: Checkpoint, there: Checkpoint, component: str, layer: int
 ) -> tuple[np.ndarray | None, list[str]]:
-    """Pairs every neuron of an FFN with one of the other side that has the same bytes.
-
-    Returns:
-        the neurons there [I] int64, in the order of those here, or None; and what is wrong.
-    """
+    """Pairs every neuron of an FFN with one of the other side that has the same bytes: returns
+    those neurons [I] int64, in the order of the ones here, or None; and what is wrong."""
     own, other = (_digests(side, component, layer) for side in (here, there))
     free: dict[bytes, list[int]] = {}
     for neuron in reversed(range(len(other))):  # pop() gives equal neurons out in order
@@ -329,10 +320,10 @@ def _pair_neurons(
     if not wrong:
         return index, []
     owners = _owners(here, component, layer)
-    named = [f"{part}neuron {number}" for part, number in map(owners.__getitem__, wrong)]
+    named = list_some((f"{owners[n][0]}neuron {owners[n][1]}" for n in wrong), _MAX_NAMED)
     return None, [
         f"{len(index)} neurons must each be a neuron of {there.directory} of its own, got "
-        f"{len(wrong)} others: {list_some(named, _MAX_NAMED)}"
+        f"{len(wrong)} others: {named}"
     ]
 
 
@@ -368,14 +359,14 @@ def _judge_experts(
     index: np.ndarray | None = None
     error = tolerance = math.nan
     sizes = [
-        (ffn.hidden_size, ffn.dtype, ffn.intermediate_size if here.left is None else "any")
+        (ffn.hidden_size, ffn.dtype, ffn.width if here.left is None else "any")
         for ffn in (side.ffns[component][layer] for side in (here, there))
     ]
     problems = [f"hidden size, dtype and width must be {sizes[1]}, got {sizes[0]}"]
     if sizes[0] == sizes[1]:
         index, problems = _pair_neurons(here, there, component, layer)
     names = keys.router_names(component, here.experts[component][layer].time_router)
-    routers = [here.read(keys.router_key(component, layer, name)) for name in names]
+    routers = [here.read(keys.ffn_key(component, layer, name)) for name in names]
     if not all(bool(router.float().isfinite().all()) for router in routers):
         problems.append("routers must be finite, got NaN or infinity")
     if index is not None:
@@ -386,13 +377,14 @@ def _judge_experts(
                 f"output with all experts active must be within {tolerance:.2e} of the dense FFN, "
                 f"got {error:.2e}"
             )
+    shown = [value if math.isfinite(value) else None for value in (error, tolerance)]
     verdict = LayerVerdict(
         component=component,
         layer=layer,
         ok=not problems,
         bijection=index is not None,
-        max_error=error if math.isfinite(error) else None,
-        tolerance=tolerance if math.isfinite(tolerance) else None,
+        max_error=shown[0],
+        tolerance=shown[1],
         routers="set" if any(bool(router.any()) for router in routers) else "zero",
         problems=tuple(problems),
     )
@@ -402,16 +394,11 @@ def _judge_experts(
 def _output_error(
     here: Checkpoint, there: Checkpoint, component: str, layer: int, kept: np.ndarray, seed: int
 ) -> tuple[float, float]:
-    """Runs both FFNs of one layer on the same random tokens, in fp32 whatever the files hold.
+    """Runs both FFNs of one layer on the same random tokens, in fp32 whatever the files hold: half
+    precision rounds each expert's output, which could hide a mistake or look like one.
 
-    Half precision rounds each expert's output, which could hide a mistake or look like one.
-
-    Args:
-        kept: the neurons of the dense FFN that the experts are made of, ascending.
-
-    Returns:
-        max|sparse - ref| and the most it may be, 2 * max|dense - ref| + 1e-5 * max|ref|, where ref
-        is the dense FFN in fp64. One layer's weights are in memory at a time.
+    Returns max|sparse - ref| and the most it may be, 2 * max|dense - ref| + 1e-5 * max|ref|, where
+    ref is the dense FFN in fp64, of the neurons `kept` that the experts are made of, ascending.
     """
     layout, prefix = here.experts[component][layer], keys.ffn_prefix(component, layer)
     hidden_size = here.ffns[component][layer].hidden_size
@@ -436,7 +423,7 @@ def _output_error(
         y = block(x)
         del block
         gate_proj, up_proj, down_proj = (
-            there.read(keys.dense_key(component, layer, name)) for name in keys.PROJECTIONS
+            there.read(keys.ffn_key(component, layer, name)) for name in keys.PROJECTIONS
         )
 
         def dense(x: Tensor) -> Tensor:
@@ -457,13 +444,8 @@ def _output_error(
 def _judge_parts(
     here: Checkpoint, there: Checkpoint, indices: Mapping[tuple[str, int], np.ndarray | None]
 ) -> Iterator[tuple[PrunedVerdict, tuple[str, ...]]]:
-    """Judges each part of which `here` has less than `there`, in the order of layers.
-
-    Args:
-        indices: neuron_index of the layers with experts that were compared already.
-
-    Yields: the verdict, and the starts of the keys of the part.
-    """
+    """Judges each part of which `here` has less than `there`, in the order of layers; yields the
+    starts of its keys too. `indices` are those of the layers with experts compared already."""
     for component, layers in here.shapes.items() if here.left is not None else ():
         inside, ffn = keys.attention_modules(component), keys.ffn_modules(component)
         _, q_proj, k_proj, v_proj, o_proj = inside[:5]
@@ -530,6 +512,6 @@ def _pair_left(
     if moved:
         problems.append(f"{len(moved)} neurons must stay in their expert, got others")
     for name in keys.router_names(component, old.time_router):
-        key = keys.router_key(component, layer, name)
+        key = keys.ffn_key(component, layer, name)
         problems += _differences(key, here.specs.get(key), there.spec(key))
     return index, problems

@@ -160,7 +160,7 @@ def load_moe_(
                     if weights.gate_proj.is_meta:
                         raise ValueError("weights must be in memory, got meta")
                     found = checkpoint.ffns[component][slot.layer]
-                    sizes = [found.intermediate_size, found.hidden_size]
+                    sizes = [found.width, found.hidden_size]
                     if sizes != list(weights.gate_proj.shape):
                         raise ValueError(
                             f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
