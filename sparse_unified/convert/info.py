@@ -201,7 +201,7 @@ def info(directory: StrPath) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={name: status.st_size for name, status in list_files(source.directory).items()},
-        sidecar=sidecar and {name: getattr(sidecar, name) for name in facts},
+        sidecar={name: getattr(sidecar, name) for name in facts} if sidecar else None,
         recipe=tuple(step.to_dict() for step in recipe),
         steps=tuple(step.to_text() for step in recipe),
         problems=tuple(dict.fromkeys(problems)),
