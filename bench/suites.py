@@ -278,13 +278,15 @@ def variant_suite(
     else:
         op = formula = "grouped_ffn_combine"
         drawn = draw_weights(case, dtype, device)
-        own = tuple(nn.Parameter(w) for w in (drawn.gate_proj, drawn.up_proj, drawn.down_proj))
+        gate, up, down = (
+            nn.Parameter(w) for w in (drawn.gate_proj, drawn.up_proj, drawn.down_proj)
+        )
         _, weights, idx = ops.route_topk(xs[0], drawn.gate, case.top_k)
 
         def experts(x: Tensor) -> Tensor:
-            return run_experts(x, weights, idx, case.num_experts, *own, 1.0)
+            return run_experts(x, weights, idx, case.num_experts, gate, up, down, 1.0)
 
-        run = _op_call(experts, direction, xs, (weights, *own))
+        run = _op_call(experts, direction, xs, (weights, gate, up, down))
     expected = run(0)
 
     def build(variant: str) -> Call:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,9 +138,14 @@ def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
     peak.restype, peak.argtypes = ctypes.c_double, (ctypes.c_int, ctypes.c_int64)
     triad.restype, triad.argtypes = None, (*[ctypes.c_void_p] * 3, ctypes.c_int64)
     threads = torch.get_num_threads()
+
+    def peak_loop(level: int, _: int) -> float:
+        operations: float = peak(level, _PEAK_STEPS)
+        return operations
+
     peaks = {
         name: {
-            str(count): _rate(lambda _, level=level: peak(level, _PEAK_STEPS), count, 200) / 1e12
+            str(count): _rate(partial(peak_loop, level), count, 200) / 1e12
             for count in sorted({1, threads})
         }
         for level, name in enumerate(_LEVELS)

@@ -191,6 +191,7 @@ def info(directory: StrPath) -> Info:
     )
     active = [part.active for part in components]
     facts = ("tool", "component", "arguments")
+    stated = None if sidecar is None else {name: getattr(sidecar, name) for name in facts}
     return Info(
         directory=str(directory),
         components=components,
@@ -201,7 +202,7 @@ def info(directory: StrPath) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={name: status.st_size for name, status in list_files(source.directory).items()},
-        sidecar=sidecar and {name: getattr(sidecar, name) for name in facts},
+        sidecar=stated,
         recipe=tuple(step.to_dict() for step in recipe),
         steps=tuple(step.to_text() for step in recipe),
         problems=tuple(dict.fromkeys(problems)),
