@@ -149,7 +149,8 @@ def test_a_run_ends_with_its_loader_worker_and_goes_on_exactly(
         rule = rf"loader workers \(--workers\) must run on, got one .*: {told}.*--resume"
         refused(rule, lambda: tune(root, tmp_path / "out", run, on_step=due), error=RuntimeError)
     assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / "out.training").glob("step-*"))) == 2
+    # One more where it ended after a state was saved and before the oldest one was removed.
+    assert len(list((tmp_path / "out.training").glob("step-*"))) in (2, 3)
     tune(root, tmp_path / "out", RunConfig(checkpoint_every=1, resume=True, workers=0))
     assert logged(tmp_path / "out") == expected
 

@@ -63,9 +63,8 @@ def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any
     """
     import torch.distributed.checkpoint as dcp
 
-    with context(WHAT):
-        for key, shard in optimizer.state.items():
-            _refuse_not_finite(shard, key)
+    for key, shard in optimizer.state.items():
+        _refuse_not_finite(shard, f"{WHAT}: {key}")
     parts, files_of, num_bytes = _parts(optimizer), {}, 0
     for key, shard in optimizer.state.items():
         files_of[key] = 1 + num_bytes // _FILE_BYTES
