@@ -333,6 +333,24 @@ def test_dry_run_checks_everything_and_writes_nothing(
     assert ["5-image.png" in text for text in facts["damaged"]] == [True]
 
 
+def test_bad_input_is_refused_before_anything_is_written(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["adapt", str(root / "model"), str(tmp_path / "out"), *OPTIONS]
+    data = ["--data", str(root / "data")]
+    for changes, status, rule in (
+        (["--data", str(root / "none")], 1, "--data: .*none must hold .parquet"),
+        ([], 2, "--data must be given, got none"),
+        ([*data, "--micro-batch-size", "3"], 1, "must be a divisor of batch_size"),
+        ([*data, "--device", "nowhere"], 1, "--device: name must be a device"),
+    ):
+        assert main([*start, *changes]) == status
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert re.search(rule, message), message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_diverges_leaves_its_last_state_and_goes_on_with_smaller_steps(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
