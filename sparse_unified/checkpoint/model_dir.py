@@ -406,21 +406,24 @@ class Checkpoint:
         shared: Any = self.llm_config.get("num_shared_experts")
         shapes: dict[str, dict[int, LayerShape]] = {}
         for component, layers in self._wanted.items():
-            found = {layer: ffn.ffn for layer, ffn in self.ffns.get(component, {}).items()}
-            for layer, ffn in found.items():
+            shapes[component] = {}
+            for layer, shape in layers.items():
+                found = self.ffns.get(component, {}).get(layer)
+                ffn: Any = 0 if found is None else found.ffn
                 if isinstance(ffn, ExpertLayout):
-                    found[layer] = replace(ffn, num_shared_experts=shared)
-            shapes[component] = {n: replace(own, ffn=found.get(n, 0)) for n, own in layers.items()}
+                    ffn = replace(ffn, num_shared_experts=shared)
+                shapes[component][layer] = replace(shape, ffn=ffn)
         return shapes
 
     @property
     def experts(self) -> dict[str, dict[int, ExpertLayout]]:
         """The sparse FFNs, `{component: {layer: layout}}`, of components that have some."""
-        found = {
-            component: {n: own.layout for n, own in layers.items() if own.layout is not None}
-            for component, layers in self.shapes.items()
-        }
-        return {component: layouts for component, layouts in found.items() if layouts}
+        found: dict[str, dict[int, ExpertLayout]] = {}
+        for component, layers in self.shapes.items():
+            for layer, shape in layers.items():
+                if shape.layout is not None:
+                    found.setdefault(component, {})[layer] = shape.layout
+        return found
 
     @property
     def top_k(self) -> int | None:
