@@ -173,11 +173,16 @@ def _replay_block(case: Case) -> dict[str, Tensor]:
     fields, weights = case.fields, case.weights
     shared = weights.get("shared_expert.gate_proj.weight", torch.empty(0)).shape[0]
     width = weights["experts.0.gate_proj.weight"].shape[0]
-    count = fields["num_experts"]
-    sizes = (fields["hidden_size"], count * width + shared, count, fields["top_k"])
-    gate_img = "gate_img.weight" in weights
-    options: Any = {"shared_intermediate_size": shared, "gate_img": gate_img}
-    block = SparseMoE(*sizes, fields.get("num_shared_experts") or 0, **options, device="meta")
+    block = SparseMoE(
+        fields["hidden_size"],
+        fields["num_experts"] * width + shared,
+        fields["num_experts"],
+        fields["top_k"],
+        fields.get("num_shared_experts") or 0,
+        shared_intermediate_size=shared,
+        gate_img="gate_img.weight" in weights,
+        device="meta",
+    )
     block = _with_weights(block, case)
     indexes = [case.tensors.get(f"packed_{name}_indexes") for name in ("text", "vit_token")]
     output, router_logits = block(case.tensors["input"], *indexes)

@@ -230,7 +230,10 @@ def test_released_files_are_read_as_transformers_reads_them(tmp_path: Path, file
 
 def test_damaged_files_are_one_error(tmp_path: Path) -> None:
     for name, content, message in (
+        ("tokenizer_config.json", "[]", "must be a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class must be one of"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 1}}', "a readable tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "model": 3}', "must hold a readable tokenizer"),
         ("tokenizer.json", "{", "must hold a readable tokenizer"),
     ):
         write_tokenizer(tmp_path)

@@ -346,6 +346,10 @@ def test_a_lost_expert_row_and_a_lost_gradient_are_found(dtype: torch.dtype) -> 
         check(provider, dtype, trains=True)
 
 
+def absent(*_: Any) -> Provider:
+    raise NotMeasured("not installed")
+
+
 def test_wrong_and_absent_peers_are_listed_and_the_others_measured() -> None:
     class Wrong(type(build("dense"))):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
@@ -355,12 +359,14 @@ def test_wrong_and_absent_peers_are_listed_and_the_others_measured() -> None:
     peers = {
         "dense": dense,
         "wrong": replace(dense, build=Wrong),
+        "absent": replace(dense, build=absent),
         "forward_only": replace(dense, trains=False),
         "sparse_unified": PEERS["sparse_unified"],
     }
     run = measured(block_suite(SMALL, torch.float32, "fwd_bwd", CPU, peers=peers))
     assert [r["provider"] for r in run.records] == ["dense", "sparse_unified"]
     assert reasons(run)["wrong"].startswith("WrongResultError: output is off")
+    assert reasons(run)["absent"] == "not installed"
     assert reasons(run)["forward_only"] == "has no backward"
     with pytest.raises(NotMeasured, match="needs the CPU"):
         PEERS["dense_onednn"].build(setting(device="cuda"), draw_weights(SMALL, torch.float32))

@@ -216,7 +216,9 @@ def test_weights_that_do_not_fit_are_refused(registry: Registry, sparse: Path) -
         load({name: tensor for name, tensor in weights.items() if name != key})
     with pytest.raises(ValueError, match=r"up_proj\.weight must be \[\d+, \d+\], got \[1, \d+\]"):
         load(weights | {key: weights[key][:1]})
-    with pytest.raises(ValueError, match=r"experts\.99\.up_proj\.weight must be no such tensor"):
+    with pytest.raises(
+        ValueError, match=r"experts\.99\.up_proj\.weight must be a tensor of a sparse block"
+    ):
         load(weights | {key.replace("experts.0", "experts.99"): weights[key]})
 
 

@@ -121,6 +121,26 @@ def test_a_merged_projection_that_is_none_is_refused() -> None:
     refused(r"weights must have shapes \[I, D\]", apply_moe_, model, HALF)
 
 
+def test_a_transformers_decoder_computes_the_same_with_all_experts() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(vocab_size=64, **sizes, **heads)
+    model, ids = transformers.Qwen2ForCausalLM(config).eval(), torch.randint(64, (2, 7))
+    with torch.no_grad():
+        dense, before = model(ids).logits, snapshot(model)
+        report = apply_moe_(model, MoEConfig(num_experts=4, top_k=4, component="und", layers="all"))
+        assert [part.path for part in report.parts] == [f"model.layers.{i}.mlp" for i in range(4)]
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
+        restore_(model)
+        apply_moe_(model, MoEConfig(num_experts=4, top_k=2, component="und"))
+        longer = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert longer.shape == (2, 10)
+        restore_(model)
+        assert_same(before, snapshot(model))
+        assert torch.equal(model(ids).logits, dense)
+
+
 # Real hooks of accelerate.
 
 

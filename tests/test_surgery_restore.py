@@ -286,6 +286,8 @@ def refuse(model: Any, match: str, config: Any = HALF) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "match"),
     [
+        (MoEConfig, {"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+        (MoEConfig, {"top_k": 17}, "top_k must be at most num_experts = 16, got 17"),
         (MoEConfig, {"layers": 3}, "layers must be a string or a sequence"),
         (PruneWidthConfig, {"block_size": 8}, "block_size must be 1 or 16 to 128, got 8"),
         (PruneHeadsConfig, {"component": "all"}, "component must be one of und, gen, both"),

@@ -25,7 +25,7 @@ _set = object.__setattr__  # of a frozen dataclass
 
 
 def _check(config: Any, rule: Callable[..., None], names: str, *limits: float) -> None:
-    """Checks some fields of a config, None where their types have it aside."""
+    """Checks fields of a config by a rule; None passes where the type of a field has it."""
     optional = {field.name for field in fields(config) if "None" in field.type}
     for name in names.split():
         if (value := getattr(config, name)) is not None or name not in optional:

@@ -46,7 +46,8 @@ LOG = "log.jsonl"
 _PASSING = {"device", "dtype", "resume", "eval_data", "sequences"}
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
-# An expert with a smaller share of the tokens is used by none, and by all with 1 less it.
+# Of the tokens of the last tenth of the steps: an expert with less is used by none, and one with
+# more than all but this by all.
 _UNUSED = 0.01
 # What gloo and NCCL say when another process has ended, or does not answer in time.
 _OTHER_PROCESS = re.compile(r"gloo|nccl|peer|timeout|timed out", re.IGNORECASE)
@@ -192,7 +193,10 @@ def adapt(
         optimizer = trainer.optimizer
         if lora is None:
             write_adapted(
-                *(source, out, trainer.model, optimizer),
+                source,
+                out,
+                trainer.model,
+                optimizer,
                 texts=texts,
                 progress=progress,
                 stage=run.trained,
@@ -356,12 +360,12 @@ def _tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
         # Those of accelerate have the names of their packages.
         if known[name].__module__ == library.__name__ and not find_spec(name):
             raise ImportError(f"{WHAT}: report_to must name what is installed, got {name}")
-    optional("accelerate", "train").PartialState()  # which trackers ask whether they may write
     return {name: known[name] for name in names}
 
 
 def _tracker(name: str, kind: Any, running: Path, out: StrPath, done: int) -> Any:
     """Starts a tracker of accelerate; one that writes files does it in the directory of the run."""
+    optional("accelerate", "train").PartialState()  # which trackers ask whether they may write
     has_files = kind.requires_logging_directory
     given: dict[str, Any] = {"logging_dir": str(running)} if has_files else {}
     if name == "tensorboard":

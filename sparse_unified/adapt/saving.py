@@ -272,7 +272,6 @@ def merge_lora(
     path = Path(lora) / ADAPTATION
     config = files.read_json(path).get("config", {}) if path.exists() else {}
     known = {name: config[name] for name in ("component", "steps", "seed") if name in config}
-
     step = {"stage": "lora", "steps": None, **known}
 
     def merged(key: str) -> Tensor:

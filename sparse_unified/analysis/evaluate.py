@@ -228,7 +228,13 @@ class _Work:
             for index in range(count)
         ]
 
-    def run(self, shard: Shard, device: str, dtype: Any, progress: Any) -> None:
+    def run(
+        self,
+        shard: Shard,
+        device: str,
+        dtype: torch.dtype | None,
+        progress: Callable[[int, int, str], object] | None,
+    ) -> None:
         own = {model: self.units(model)[shard[0] :: shard[1]] for model in self.models}
         total, done, show = sum(map(len, own.values())), 0, progress or (lambda *_: None)
         for model, units in own.items():

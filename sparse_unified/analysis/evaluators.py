@@ -225,7 +225,7 @@ def _storages(tree: object) -> dict[int, torch.UntypedStorage]:
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Returns the FLOPs, from shapes, of operations that torch's counter does not know."""
 
-    def grouped(_: Shape, row_token: Shape, offsets: Shape, gate_proj: Shape, *more: Any) -> int:
+    def grouped(row_token: Shape, offsets: Shape, gate_proj: Shape) -> int:
         return 6 * row_token[0] * math.prod(gate_proj) // (offsets[0] - 1)
 
     ours = torch.ops.sparse_unified
@@ -234,9 +234,9 @@ def _formulas() -> dict[Any, Callable[..., int]]:
             lambda query, key, *_, **__: 4 * math.prod(query) * key[-2]
         ),
         ours.route_topk: lambda x, gate, *_, **__: 2 * x[0] * math.prod(gate),
-        ours.grouped_ffn: lambda *a, **_: grouped(*a[:4]),
+        ours.grouped_ffn: lambda *a, **_: grouped(*a[1:4]),
         # x, weights, row_token, token_rows, expert_offsets, gate_proj, ...
-        ours.grouped_ffn_combine: lambda *a, **_: grouped(a[0], a[2], a[4], a[5]),
+        ours.grouped_ffn_combine: lambda *a, **_: grouped(a[2], a[4], a[5]),
         ours.pruned_ffn: lambda x, kept, gate, up, down, block_size, *_, **__: (
             6 * math.prod(x) * kept[0] * block_size
         ),

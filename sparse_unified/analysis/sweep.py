@@ -40,12 +40,7 @@ from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
-from sparse_unified.surgery.decoder import (
-    Decoder,
-    as_module,
-    find_adapter,
-    takes_absent_parts,
-)
+from sparse_unified.surgery.decoder import Decoder, as_module, find_adapter, takes_absent_parts
 from sparse_unified.surgery.prune import changed, count_groups
 
 Progress = Callable[[int, int, str], object]
@@ -346,9 +341,14 @@ class _TaskRun:
         before = self._cost()
         smaller: Any = nullcontext("nothing")
         if mode is not None:
-            options: Any = {"adapter": self.adapter, "component": row["component"]}
-            options["forward"] = lambda: self.probe.workload()()
-            smaller = changed(self.host, mode, scores, **options)
+            smaller = changed(
+                self.host,
+                mode,
+                scores,
+                adapter=self.adapter,
+                component=row["component"],
+                forward=lambda: self.probe.workload()(),
+            )
         with smaller as change:
             after, metrics = self._cost(), self._metrics(row["name"])
         # Once more, so that what else the machine did meanwhile shows in the range of the times.
@@ -378,8 +378,14 @@ class _TaskRun:
         """Of the dense model: asked for before the first point along width."""
         task, statistics = self.probe.task, self.statistics
         tasks = [task] if statistics is not None and task in statistics.tasks else None
-        how: Any = {"tasks": tasks, "components": self.components, "seed": self.config.seed}
-        return score(self.config.criterion, self.adapter, statistics, **how)
+        return score(
+            self.config.criterion,
+            self.adapter,
+            statistics,
+            tasks=tasks,
+            components=self.components,
+            seed=self.config.seed,
+        )
 
     def _skipped(self, component: str, keep_ratio: float) -> tuple[int, ...]:
         """Returns the layers that go: the most redundant ones, or as many random ones."""

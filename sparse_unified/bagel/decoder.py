@@ -19,10 +19,17 @@ def _ffn(config: LLMConfig, layer: int, component: str, **factory: Any) -> nn.Mo
     if not isinstance(ffn, ExpertLayout):
         return SwiGLU(config.hidden_size, ffn, **factory) if ffn else None
     assert config.top_k is not None
-    sizes = (config.hidden_size, ffn.intermediate_size, ffn.num_experts, config.top_k)
-    factory |= {"gate_img": component == "und", "gate_time": ffn.time_router}
-    factory["shared_intermediate_size"] = ffn.shared_width
-    return SparseMoE(*sizes, ffn.num_shared_experts, **factory)
+    return SparseMoE(
+        config.hidden_size,
+        ffn.intermediate_size,
+        ffn.num_experts,
+        config.top_k,
+        ffn.num_shared_experts,
+        shared_intermediate_size=ffn.shared_width,
+        gate_img=component == "und",
+        gate_time=ffn.time_router,
+        **factory,
+    )
 
 
 # Up to as many rows visit weights in host memory, as the two markers of an image do in every step;

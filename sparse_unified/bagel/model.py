@@ -167,9 +167,13 @@ class Bagel(nn.Module):
         start, end = self.markers().split(1)
         parts = [torch.cat([start, part, end]) for part in seen.split(lengths)]
         is_vit = torch.tensor([i for n in lengths for i in (False, *[True] * n, False)])
-        text_rows, vit_rows = (own.nonzero()[:, 0].to(self.device) for own in (~is_vit, is_vit))
-        rows: Any = {"text_rows": text_rows, "vit_rows": vit_rows}
-        self._read(contexts, torch.cat(parts), [length + 2 for length in lengths], **rows)
+        self._read(
+            contexts,
+            torch.cat(parts),
+            [length + 2 for length in lengths],
+            text_rows=(~is_vit).nonzero()[:, 0].to(self.device),
+            vit_rows=is_vit.nonzero()[:, 0].to(self.device),
+        )
 
     @context("prefill_latents")
     @torch.no_grad()
@@ -213,11 +217,19 @@ class Bagel(nn.Module):
         gen_lengths: Sequence[int] | None = None,
         times: Tensor | None = None,
         causal: bool = False,
-        **rows: Any,
+        **rows: Tensor,
     ) -> Tensor:
         """Runs embedded tokens behind their contexts; returns the final states of the und ones."""
-        rows |= {"gen_lengths": gen_lengths, "causal": causal, "device": self.device}
-        packing = pack(self.config.llm, contexts, lengths, extend=True, **rows)
+        packing = pack(
+            self.config.llm,
+            contexts,
+            lengths,
+            gen_lengths=gen_lengths,
+            causal=causal,
+            extend=True,
+            device=self.device,
+            **rows,
+        )
         hidden: Tensor = self.language_model.model(und, gen, packing, times)[0]
         for i, (past, length) in enumerate(zip(contexts, lengths, strict=True)):
             past.length += length + (gen_lengths[i] if gen_lengths else 0)

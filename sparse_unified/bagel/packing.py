@@ -61,16 +61,13 @@ class LatentSegment:
 
     @context("LatentSegment")
     def __post_init__(self) -> None:
-        only = "only noise" if self.time is None else "only time"
-        require(
-            (self.time is None) == (self.noise is None),
-            "time and noise must be given together",
-            only,
-        )
+        are_together = (self.time is None) == (self.noise is None)
+        found = "only noise" if self.time is None else "only time"
+        require(are_together, "time and noise must be given together", found)
         if self.time is not None and self.noise is not None:
             require(0 <= self.time <= 1, "time must be from 0 to 1", self.time)
-            wanted, found = list(self.latent.shape), list(self.noise.shape)
-            require(found == wanted, f"noise must have the shape of latent, {wanted}", found)
+            wanted, own = list(self.latent.shape), list(self.noise.shape)
+            require(own == wanted, f"noise must have the shape of latent, {wanted}", own)
 
 
 Segment = TextSegment | VitSegment | LatentSegment
@@ -192,7 +189,8 @@ def _measure(config: BagelConfig, segment: Segment) -> tuple[int, int]:
     rule = f"{name} must have shape [{channels}, height, width]"
     require(len(shape) == 3 and shape[0] == channels, rule, shape)
     height, width = shape[1:]
-    fits = height % patch == width % patch == 0 < max(height, width) <= side * patch
+    is_whole = height % patch == 0 and width % patch == 0
+    fits = is_whole and 0 < max(height, width) <= side * patch
     rule = f"sides of {name} must be multiples of {patch} up to {side * patch}"
     require(fits, rule, f"{height} x {width}")
     return kind, (height // patch) * (width // patch)

@@ -158,7 +158,7 @@ def check_images(images: Any, prompts: str | Sequence[str]) -> list[list[Image]]
         images, prompts = [images], [prompts]
     listed: list[list[Image]] = []
     for entry in _per_prompt("images", images, len(prompts), is_one=images is None):
-        own = entry if isinstance(entry, (list, tuple)) else [entry] * (entry is not None)
+        own = [] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry]
         for image in own:
             if not isinstance(image, optional("PIL.Image").Image):
                 raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
@@ -363,8 +363,13 @@ class BagelPipeline:
         rule = "compile and cuda_graphs must come without device_map and offload"
         found = f"device_map={device_map!r}, offload={Offload(offload).value!r}"
         require(is_whole or execution.is_plain, rule, found)
-        hub: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        directory = find_model(name, local_files_only=local_files_only, **hub)
+        directory = find_model(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         tokenizer = Tokenizer.from_directory(directory)
         special = tokenizer.special_tokens
         model, vae = load_bagel(directory, dtype=dtype, special_tokens=special, placement=placement)
@@ -485,9 +490,14 @@ class BagelPipeline:
                     )
                 report.context_tokens += sum(g.full.length for g in guidance)
                 if think:  # the full contexts read the plan; unconditional ones never see it
-                    full, own_seeds = [g.full for g in guidance], [seeds[i] for i in batch]
-                    own = {"max_length": max_think_length, "temperature": think_temperature}
-                    written = self._write(full, report, seeds=own_seeds, **own)
+                    full = [g.full for g in guidance]
+                    written = self._write(
+                        full,
+                        report,
+                        max_length=max_think_length,
+                        temperature=think_temperature,
+                        seeds=[seeds[i] for i in batch],
+                    )
                     with self._clock(report, "text_seconds"):
                         model.prefill_text(full, [encode(plan) for plan, _ in written])
                     for i, (plan, _) in zip(batch, written, strict=True):

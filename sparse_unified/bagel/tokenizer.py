@@ -74,11 +74,10 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises plain Exception, and its panics none
-            rule, first_line = (
-                "directory must hold a readable tokenizer",
-                str(error).partition("\n"),
-            )
-            raise ValueError(f"{path}: {rule}, got {first_line[0]:.200}") from error
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{path}: directory must hold a readable tokenizer, got {first_line:.200}"
+            ) from error
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
@@ -89,10 +88,11 @@ class Tokenizer:
             words = {word for word in text.split() if self._unknown in encode(word)}
             if new := sorted(words - self._told):
                 self._told.update(new)
-                told = (
-                    "words outside the model's vocabulary, all of them the same to it: %s (of %r)"
+                logger.warning(
+                    "words outside the model's vocabulary, all of them the same to it: %s (of %r)",
+                    ", ".join(new),
+                    text,
                 )
-                logger.warning(told, ", ".join(new), text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

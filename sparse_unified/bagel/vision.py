@@ -20,7 +20,7 @@ from sparse_unified.bagel.config import VisionConfig
 def patchify(image: Tensor, patch_size: int) -> Tensor:
     """Cuts an image [C, H, W] into patches [H/p * W/p, p * p * C], each laid out p, p, C."""
     _, height, width = image.shape
-    fits = height and width and height % patch_size == width % patch_size == 0
+    fits = height and width and not (height % patch_size or width % patch_size)
     rule = f"patchify: image sides must be positive multiples of {patch_size}"
     require(fits, rule, f"{height} x {width}")
     grid = image.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # [C, h, p, w, p]

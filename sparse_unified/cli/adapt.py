@@ -44,7 +44,7 @@ def add_adapt(flags: Flags) -> None:
         --config FILE.yaml  flags as a YAML or JSON file, such as the adaptation.json of an earlier
                      run; flags override it
         """)
-    flags.parser.expand = partial(from_file, flags.parser)  # type: ignore[attr-defined]
+    flags.parser.expand = partial(from_file, flags.parser)
     flags.of(
         RunConfig,
         "stage component device dtype",

@@ -34,7 +34,7 @@ Changes = str | Mapping[str, Any]
 class Flags:
     """Adds the flags of a command to its parser, or to a group of them."""
 
-    def __init__(self, parser: argparse.ArgumentParser, group: Any = None) -> None:
+    def __init__(self, parser: Any, group: Any = None) -> None:
         self.parser, self._group = parser, parser if group is None else group
 
     def group(self, title: str, description: str | None = None) -> Flags:

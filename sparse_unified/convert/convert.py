@@ -234,7 +234,9 @@ def convert(
     texts = {CONFIG: files.json_text(source.llm_config | counts | fields)}
     texts |= index_texts(source, edits) | {RECIPE: recipe_text(recipe)}
     facts: dict[str, Any] = {
-        **{"num_experts": num_experts, "top_k": top_k, "num_shared_experts": num_shared_experts},
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "num_shared_experts": num_shared_experts,
         "layers": list(layouts),
         "component": component,
         "scores": origin,
@@ -437,12 +439,15 @@ def invert(sparse: StrPath, out: StrPath, *, progress: Progress | None = None) -
     found |= {key: edit.entries[0][1:] for key, edit in edits.items()}
     tensors = [item for header in sidecar.headers.values() for item in header.tensors.items()]
     wanted = {key: (spec.dtype, spec.shape) for key, spec in tensors}
-    for key in sorted({key for key, _ in found.items() ^ wanted.items()})[:1]:
-        got, rule = (
-            f"{own[key][0]} {list(own[key][1])}" if key in own else "nothing"
-            for own in (found, wanted)
-        )
-        raise ValueError(f"{source.directory}: {key} must be {rule} as {SIDECAR} says, got {got}")
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            got, rule = (
+                f"{own[key][0]} {list(own[key][1])}" if key in own else "nothing"
+                for own in (found, wanted)
+            )
+            raise ValueError(
+                f"{source.directory}: {key} must be {rule} as {SIDECAR} says, got {got}"
+            )
     bytes_written = rewrite(
         source,
         out,

@@ -250,12 +250,8 @@ def _describe(
         3 * ffns[layer].hidden_size * layout.idle_neurons(top_k or 0)
         for layer, layout in sparse.items()
     )
-    experts = {
-        (own.num_experts, own.expert_width, own.shared_width, own.time_router): (
-            f"{own.num_experts} x {own.expert_width}"
-            + f" + {own.shared_width} shared" * bool(own.shared_width)
-            + " by time" * own.time_router
-        )
+    kinds = {
+        (own.num_experts, own.expert_width, own.shared_width, own.time_router)
         for own in sparse.values()
     }
     return ComponentInfo(
@@ -265,7 +261,12 @@ def _describe(
         active=parameters - idle if top_k is not None or not sparse else None,
         layers=tuple(ffns),
         sparse_layers=tuple(sparse),
-        experts=tuple(text for _, text in sorted(experts.items())),
+        experts=tuple(
+            f"{num_experts} x {width}"
+            + (f" + {shared} shared" if shared else "")
+            + (" by time" if by_time else "")
+            for num_experts, width, shared, by_time in sorted(kinds)
+        ),
         pruned=_describe_pruned(left),
     )
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -280,19 +281,20 @@ def _as_bytes(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype=torch.uint8, shape=(spec.nbytes,))
 
 
+def _whole_file(path: Path) -> TensorSpec:
+    size = path.stat().st_size
+    return TensorSpec(dtype=torch.uint8, shape=(size,), file=path, start=0)
+
+
 def _compare_files(here: Checkpoint, there: Checkpoint) -> list[str]:
     """Returns a sentence for each other file of the model, or field of its config, that differs."""
     problems = []
     for name in _MODEL_FILES:
-        whole = {
-            side: TensorSpec(dtype=torch.uint8, shape=(path.stat().st_size,), file=path, start=0)
-            for side in (here, there)
-            if (path := side.directory / name).exists()
-        }
-        if len(whole) == 2:
-            problems += _differences(name, whole[here], whole[there])
-        elif whole:
-            states = ("there", "nothing") if there in whole else ("absent", "one")
+        a, b = here.directory / name, there.directory / name
+        if a.exists() and b.exists():
+            problems += _differences(name, _whole_file(a), _whole_file(b))
+        elif a.exists() or b.exists():
+            states = ("there", "nothing") if b.exists() else ("absent", "one")
             problems.append(
                 f"{name}: file must be {states[0]} as in {there.directory}, got {states[1]}"
             )
@@ -377,14 +379,13 @@ def _judge_experts(
                 f"output with all experts active must be within {tolerance:.2e} of the dense FFN, "
                 f"got {error:.2e}"
             )
-    shown = [value if math.isfinite(value) else None for value in (error, tolerance)]
     verdict = LayerVerdict(
         component=component,
         layer=layer,
         ok=not problems,
         bijection=index is not None,
-        max_error=shown[0],
-        tolerance=shown[1],
+        max_error=error if math.isfinite(error) else None,
+        tolerance=tolerance if math.isfinite(tolerance) else None,
         routers="set" if any(bool(router.any()) for router in routers) else "zero",
         problems=tuple(problems),
     )

@@ -61,7 +61,8 @@ class WithExperts:
                     continue
                 layer, inner = int(match[1]), match[2]
                 if inner not in views[layer]:
-                    raise ValueError(f"{_WHERE}: {name} must be no such tensor, got one")
+                    rule = "must be a tensor of a sparse block, given once"
+                    raise ValueError(f"{_WHERE}: {name} {rule}, got another or a second one")
                 view = views[layer].pop(inner)
                 if view is None:  # of an expert that another process has
                     continue

@@ -177,8 +177,10 @@ def skip_part(
     """Lets layers add nothing where their attention or FFN was; it and its norm are not run."""
     if forward is None:
         raise ValueError("depth: forward must be given to skip a part, got None")
-    ffn, attention, input_norm, middle_norm = adapter.names(component)
-    name, norm = (ffn, middle_norm) if part is Part.FFN else (attention, input_norm)
+    names = adapter.names(component)
+    name, norm = names.attention, names.input_norm
+    if part is Part.FFN:
+        name, norm = names.ffn, names.post_attention_norm
     modules = [getattr(layer, name) for layer in adapter.layers]
     stand_ins = _stand_ins([modules[layer] for layer in layers], forward)
     if part is Part.ATTENTION:

@@ -45,8 +45,9 @@ def save_pretrained(model: Any, directory: StrPath, **options: Any) -> None:
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
     adapter = find_adapter(model)
-    names = [name for own in adapter.components for name in adapter.names(own)[2:]]  # of norms
-    norms = {f"{adapter.path}.{i}.{name}" for i in range(adapter.num_layers()) for name in names}
+    names = map(adapter.names, adapter.components)
+    of_layer = [norm for own in names for norm in (own.input_norm, own.post_attention_norm)]
+    norms = {f"{adapter.path}.{i}.{norm}" for i in range(adapter.num_layers()) for norm in of_layer}
     moe, skipped, left_out = {}, {}, []
     for path, module in model.named_modules():
         if isinstance(module, SparseMoE):

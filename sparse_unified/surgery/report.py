@@ -157,9 +157,10 @@ def report(action: str, before: Census, decoder: Decoder) -> SurgeryReport:
         if new_text != text:
             name = keys.FFN_NAMES[component] if part == "ffn" else "self_attn"
             path = f"{decoder.path}.{layer}.{name}"
-            where: dict[str, Any] = {"layer": layer, "component": component, "part": part}
             own = ChangedPart(
-                **where,
+                layer=layer,
+                component=component,
+                part=part,
                 path=path,
                 before=text,
                 after=new_text,
@@ -167,8 +168,8 @@ def report(action: str, before: Census, decoder: Decoder) -> SurgeryReport:
                 counts_after=new_counts,
             )
             parts.append(own)
-    totals = {"before": _totals(before), "after": _totals(after)}
-    return SurgeryReport(action=action, parts=tuple(parts), **totals)
+    totals = _totals(before), _totals(after)
+    return SurgeryReport(action=action, parts=tuple(parts), before=totals[0], after=totals[1])
 
 
 def transform(
